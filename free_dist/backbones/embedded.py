@@ -1,0 +1,112 @@
+"""The backbone that ships with the package: a small BLIP-2 with the proportions of BLIP-2 OPT-2.7B.
+
+Vocabulary rows are padded so that the head weighs 1.64 blocks, as in OPT-2.7B; otherwise a speed-up found here would mean
+nothing there.  Knows how to build it untrained and where the trained one lies; does not know how it is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    BlipImageProcessorPil,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+from free_dist.config import EMBEDDED_BACKBONE
+
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<image>")
+"""OPT's first four ids, then the image placeholder."""
+
+IMAGE_SIZE = 64
+HEAD_TO_BLOCK = 1.64
+"""Parameters of OPT-2.7B's head over those of one of its blocks."""
+
+
+def resolve_backbone(path: str) -> Path:
+    """The directory behind ``backbone.path``."""
+    if path == EMBEDDED_BACKBONE:
+        return Path(__file__).parent.parent / "assets" / "blip2-easyvqa"
+    return Path(path)
+
+
+def new_model(*, width: int = 128, n_blocks: int = 16, n_heads: int = 4, seed: int = 0) -> Blip2ForConditionalGeneration:
+    """An untrained embedded backbone; tests make it smaller."""
+    block = 12 * width * width + 13 * width
+    vocab_size = int(HEAD_TO_BLOCK * block / width) // 8 * 8
+    text = OPTConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        word_embed_proj_dim=width,
+        ffn_dim=4 * width,
+        num_hidden_layers=n_blocks,
+        num_attention_heads=n_heads,
+        max_position_embeddings=256,
+        dropout=0.0,
+        attention_dropout=0.0,
+        bos_token_id=SPECIAL_TOKENS.index("</s>"),
+        eos_token_id=SPECIAL_TOKENS.index("</s>"),
+        pad_token_id=SPECIAL_TOKENS.index("<pad>"),
+    )
+    vision = Blip2VisionConfig(
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        initializer_range=0.02,
+    )
+    qformer = Blip2QFormerConfig(
+        vocab_size=32,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=512,
+        encoder_hidden_size=128,
+        cross_attention_frequency=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config = Blip2Config(
+        vision_config=vision,
+        qformer_config=qformer,
+        text_config=text,
+        num_query_tokens=8,
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
+    )
+    torch.manual_seed(seed)
+    model = Blip2ForConditionalGeneration(config)
+    # transformers zeroes the queries; equal queries would stay equal for ever.
+    torch.nn.init.normal_(model.query_tokens, std=0.02)
+    return model
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on ``texts``; any other text still encodes, as bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def new_image_processor() -> BlipImageProcessorPil:
+    """BLIP's own preprocessing at the embedded backbone's resolution."""
+    return BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})

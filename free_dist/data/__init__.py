@@ -1,0 +1,1 @@
+"""From published data sets to batches: converters, shards, streams."""

@@ -1,0 +1,149 @@
+"""WebDataset tar shards with a manifest: written atomically, read back as Records.
+
+A split is a directory ``ROOT/SPLIT`` of ``NNNNNN.tar`` files and one ``manifest.json``, written last, so a split without a
+manifest was never finished.  Does not know any data set, and nothing about order, ranks or tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+
+from tqdm import tqdm
+
+from free_dist.data.samples import Record
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class ShardError(ValueError):
+    """A split directory that cannot be read as it stands; the message names the file and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar file of a split."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a finished split holds."""
+
+    dataset: str
+    split: str
+    schema_version: int
+    shards: tuple[Shard, ...]
+
+    @property
+    def samples(self) -> int:
+        """Records in the split."""
+        return sum(shard.samples for shard in self.shards)
+
+
+def write_split(
+    root: Path, *, dataset: str, split: str, records: Iterable[Record], total: int, records_per_shard: int = 500
+) -> Manifest:
+    """Write records to tar shards; the same records give the same bytes.
+
+    Every file appears under its final name only when complete, the manifest last.
+    """
+    directory = root / split
+    directory.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    pending: list[Record] = []
+
+    def flush() -> None:
+        if pending:
+            shards.append(_write_shard(directory, f"{len(shards):06d}.tar", pending))
+            pending.clear()
+
+    for record in tqdm(records, desc=f"writing {dataset}/{split}", total=total, unit="image", mininterval=0.5):
+        pending.append(record)
+        if len(pending) == records_per_shard:
+            flush()
+    flush()
+    manifest = Manifest(dataset=dataset, split=split, schema_version=SCHEMA_VERSION, shards=tuple(shards))
+    write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    return manifest
+
+
+def read_manifest(root: Path, split: str) -> Manifest:
+    """The manifest of a split; raises ShardError if the split is missing, unfinished or of another schema."""
+    path = root / split / MANIFEST
+    if not path.is_file():
+        raise ShardError(f"data.root: {path} does not exist; make the shards with: python launch/prepare_data.py easyvqa")
+    raw = json.loads(path.read_text())
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise ShardError(
+            f"{path}: schema version {raw.get('schema_version')!r}, this code reads {SCHEMA_VERSION}; prepare the data again"
+        )
+    raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
+    return Manifest(**raw)
+
+
+def shard_paths(root: Path, split: str) -> list[str]:
+    """Paths of a split's shards in manifest order; raises ShardError when one is missing or has another size."""
+    paths = []
+    for shard in read_manifest(root, split).shards:
+        path = root / split / shard.name
+        if not path.is_file() or path.stat().st_size != shard.bytes:
+            raise ShardError(f"{path} is missing or not of the {shard.bytes} bytes in its manifest; prepare the data again")
+        paths.append(str(path))
+    return paths
+
+
+def record_from_fields(fields: dict[str, bytes | str]) -> Record:
+    """The fields of one webdataset sample (``__key__``, ``png`` or ``jpg``, ``json``) as a Record."""
+    key = str(fields["__key__"])
+    image = fields.get("png", fields.get("jpg"))
+    text = fields.get("json")
+    if not isinstance(image, bytes) or not isinstance(text, bytes):
+        raise ShardError(f"{fields.get('__url__')}: sample {key} lacks its image (png, jpg) or json member")
+    content = json.loads(text)
+    return Record(
+        key=key,
+        image=image,
+        questions=tuple((pair[0], pair[1]) for pair in content["questions"]),
+        captions=tuple(content["captions"]),
+    )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write under a temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _write_shard(directory: Path, name: str, records: list[Record]) -> Shard:
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for record in records:
+            for suffix, content in _members(record):
+                member = tarfile.TarInfo(f"{record.key}.{suffix}")  # default owner, mode and time: deterministic bytes
+                member.size = len(content)
+                tar.addfile(member, BytesIO(content))
+    content = buffer.getvalue()
+    write_atomically(directory / name, content)
+    return Shard(name=name, samples=len(records), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _members(record: Record) -> Iterator[tuple[str, bytes]]:
+    yield ("png" if record.image.startswith(b"\x89PNG") else "jpg"), record.image
+    text = {"questions": record.questions, "captions": record.captions}
+    yield "json", json.dumps(text, ensure_ascii=False).encode()

@@ -1,0 +1,1 @@
+"""Stage 1 (the backbone) and stage 2 (the exits)."""
