@@ -6,26 +6,36 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from free_dist.config import load_recipe
+from free_dist.config import Recipe
+from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", help="recipe YAML; see launch/recipes")
-    parser.add_argument("overrides", nargs="*", help="dotted overrides, such as training.max_steps=100")
-    arguments = parser.parse_args()
-    recipe = load_recipe(arguments.config, arguments.overrides)
+    add_recipe_arguments(parser)
+    arguments = parser.parse_intermixed_args()
+    with fail_clearly(parser):
+        run(load_recipe(arguments.config, arguments.overrides))
 
+
+def run(recipe: Recipe) -> None:
+    """Train a new embedded backbone as the recipe says."""
     from free_dist.backbones import Blip2Backbone
-    from free_dist.backbones.embedded import new_image_processor, new_model, train_tokenizer
+    from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
+    from free_dist.backbones.embedded import grown, new_image_processor, new_model, train_tokenizer
     from free_dist.data.samples import SampleEncoder
     from free_dist.data.stream import corpus
     from free_dist.training.finetune import finetune
 
-    model = new_model(seed=recipe.training.seed)
-    tokenizer = train_tokenizer(corpus(recipe.data), vocab_size=model.config.text_config.vocab_size)
-    backbone = Blip2Backbone(model)
-    encoder = SampleEncoder(tokenizer, new_image_processor(), backbone.layout, backbone.max_positions)
+    start, n_blocks = recipe.finetune.start, recipe.finetune.n_blocks
+    if start is None:
+        backbone = Blip2Backbone(new_model(n_blocks=n_blocks, seed=recipe.training.seed))
+        tokenizer = train_tokenizer(corpus(recipe.data), vocab_size=backbone.vocab_size)
+        image_processor = new_image_processor()
+    else:
+        backbone = Blip2Backbone(grown(Blip2Backbone.from_pretrained(start).model, n_blocks))
+        tokenizer, image_processor = load_tokenizer(start), load_image_processor(start)
+    encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
     finetune(backbone, encoder, recipe)
     print(f"saved: {Path(recipe.run_dir) / 'backbone'}")
 

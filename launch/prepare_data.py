@@ -6,15 +6,27 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from free_dist.recipe_io import fail_clearly
+
+EPILOG = """A split that is already finished is kept as it is; delete its directory to make it again."""
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("dataset", choices=["easyvqa"], help="data set to convert; easyvqa comes from its PyPI package")
-    parser.add_argument("--out", type=Path, default=None, help="directory to write; default: data/DATASET")
+    parser.add_argument("--out", type=Path, default=None, help="directory to write; data/DATASET if not given")
     arguments = parser.parse_args()
+    with fail_clearly(parser):
+        convert(arguments.dataset, arguments.out or Path("data") / arguments.dataset)
+
+
+def convert(dataset: str, root: Path) -> None:
+    """Write all splits of ``dataset`` under ``root`` and say what they hold."""
     from free_dist.data import easyvqa
 
-    root = arguments.out or Path("data") / arguments.dataset
+    assert dataset == "easyvqa"
     for manifest in easyvqa.prepare(root):
         print(f"{root / manifest.split}: {manifest.samples} images in {len(manifest.shards)} shards")
 

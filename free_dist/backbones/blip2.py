@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, BlipImageProcessorPil, PreTrainedTokenizerBase
 
 from free_dist.backbones.base import Backbone, BlockCall, LayerCache, TokenLayout, causal_mask
+from free_dist.backbones.opt_block import opt_block
 
 
 def call_opt_block(block: nn.Module, hidden: Tensor, cache: LayerCache | None) -> Tensor:
-    """Run one ``OPTDecoderLayer``: [B, T, D] -> [B, T, D], causal."""
+    """Run one ``OPTDecoderLayer``: [B, T, D] -> [B, T, D], causal.
+
+    Decoding (a cache, no gradient, no dropout) takes the lean path, which fires no module hooks.
+    """
+    if cache is not None and not torch.is_grad_enabled() and not block.training:
+        return opt_block(block, hidden, cache)
     n_past = 0 if cache is None else cache.length
     mask = causal_mask(hidden.shape[1], n_past, hidden.device)
     return block(hidden, attention_mask=mask, past_key_values=cache)

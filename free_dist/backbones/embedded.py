@@ -30,6 +30,12 @@ IMAGE_SIZE = 64
 HEAD_TO_BLOCK = 1.64
 """Parameters of OPT-2.7B's head over those of one of its blocks."""
 
+# The libraries' 0.02 suits widths near a thousand.  At width 128 it shrinks what the prefix says about the image to a few
+# percent of its constant part, and training stays on the question-only plateau.
+VISION_STD = 0.08
+TEXT_STD = 0.05
+QUERY_STD = 0.5
+
 
 def resolve_backbone(path: str) -> Path:
     """The directory behind ``backbone.path``."""
@@ -52,6 +58,7 @@ def new_model(*, width: int = 128, n_blocks: int = 16, n_heads: int = 4, seed: i
         max_position_embeddings=256,
         dropout=0.0,
         attention_dropout=0.0,
+        init_std=TEXT_STD,
         bos_token_id=SPECIAL_TOKENS.index("</s>"),
         eos_token_id=SPECIAL_TOKENS.index("</s>"),
         pad_token_id=SPECIAL_TOKENS.index("<pad>"),
@@ -63,7 +70,7 @@ def new_model(*, width: int = 128, n_blocks: int = 16, n_heads: int = 4, seed: i
         num_attention_heads=4,
         image_size=IMAGE_SIZE,
         patch_size=8,
-        initializer_range=0.02,
+        initializer_range=VISION_STD,
     )
     qformer = Blip2QFormerConfig(
         vocab_size=32,
@@ -73,6 +80,7 @@ def new_model(*, width: int = 128, n_blocks: int = 16, n_heads: int = 4, seed: i
         intermediate_size=512,
         encoder_hidden_size=128,
         cross_attention_frequency=1,
+        initializer_range=VISION_STD,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
@@ -86,8 +94,30 @@ def new_model(*, width: int = 128, n_blocks: int = 16, n_heads: int = 4, seed: i
     torch.manual_seed(seed)
     model = Blip2ForConditionalGeneration(config)
     # transformers zeroes the queries; equal queries would stay equal for ever.
-    torch.nn.init.normal_(model.query_tokens, std=0.02)
+    torch.nn.init.normal_(model.query_tokens, std=QUERY_STD)
     return model
+
+
+def grown(shallow: Blip2ForConditionalGeneration, n_blocks: int) -> Blip2ForConditionalGeneration:
+    """A deeper copy: every decoder block becomes ``n_blocks / L`` successive ones, each with that share of its update.
+
+    A deep model with a tiny vision tower stays on the question-only plateau for long; a shallow one leaves it within a few
+    hundred steps, and this carries over what it learnt.  Raises ValueError unless L divides ``n_blocks``.
+    """
+    old = shallow.language_model.model.decoder.layers
+    copies, rest = divmod(n_blocks, len(old))
+    if rest or copies < 1:
+        raise ValueError(f"finetune.n_blocks={n_blocks}: not a multiple of the {len(old)} blocks of finetune.start")
+    text = shallow.config.text_config
+    deep = new_model(width=text.hidden_size, n_blocks=n_blocks, n_heads=text.num_attention_heads)
+    weights = {name: tensor for name, tensor in shallow.state_dict().items() if ".decoder.layers." not in name}
+    deep.load_state_dict(weights, strict=False)
+    for index, layer in enumerate(deep.language_model.model.decoder.layers):
+        layer.load_state_dict(old[index // copies].state_dict())
+        for linear in (layer.self_attn.out_proj, layer.fc2):
+            linear.weight.data /= copies
+            linear.bias.data /= copies
+    return deep
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -1,0 +1,56 @@
+# make quickstart   environment, data, training, evaluation: the whole path on the embedded model
+# make test         lint, types and tests; what .ci/run calls
+# make clean        remove everything that these made; runs other than runs/quickstart stay
+#
+# The environment lies in .venv and is made once; a change of pyproject.toml or constraints.txt updates it.
+#
+#   PYTHON=python3.12          another interpreter (3.11 or newer)
+#   TORCH_INSTALL="..."        arguments for pip to get torch by, instead of the choice below, such as
+#                              TORCH_INSTALL="torch==2.13.0 --index-url URL" with an index of CPU or ROCm builds
+#
+# Which torch: where nvidia-smi finds a GPU, the ordinary build.  Where not, the CPU build if one of pip's configured
+# indexes offers it, else the ordinary build, which on Linux is larger by several GB of CUDA libraries but runs on CPU too.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH_INSTALL ?=
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format clean
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+quickstart: $(INSTALLED)
+	$(BIN)/python launch/quickstart.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch goes first and alone: installed together with the rest, pip would choose its build without asking.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "free_dist needs Python 3.11 or newer: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if [ -n "$(TORCH_INSTALL)" ]; then $(BIN)/pip install $(TORCH_INSTALL); \
+	elif nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install "$(TORCH)"; \
+	else $(BIN)/pip install "$(TORCH)+cpu" || { \
+	    echo "no CPU build of torch in the configured indexes: taking the ordinary one (see TORCH_INSTALL in the Makefile)"; \
+	    $(BIN)/pip install "$(TORCH)"; }; fi
+	$(BIN)/pip install -c constraints.txt -e '.[eval,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist free_dist.egg-info .pytest_cache .mypy_cache .ruff_cache data/easyvqa runs/quickstart
+	find free_dist launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

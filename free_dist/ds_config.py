@@ -1,0 +1,177 @@
+"""The distribution file (``--ds_config``): read, split into three sections and checked before torch is imported.
+
+Each section is a plain DeepSpeed configuration, which DeepSpeed validates again when it builds an engine.  Checked here is what
+DeepSpeed accepts in silence (an unknown key) or fails on late and obscurely.  Knows no model, no recipe and no device.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+SECTIONS = ("backbone", "exits", "discriminators")
+"""One DeepSpeed configuration per engine."""
+
+TRAINED_SECTIONS = ("exits", "discriminators")
+"""The sections that have an optimizer."""
+
+KNOWN_KEYS = frozenset(
+    {
+        "activation_checkpointing",
+        "bf16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "data_types",
+        "disable_allgather",
+        "dump_state",
+        "flops_profiler",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "optimizer",
+        "prescale_gradients",
+        "steps_per_print",
+        "timers",
+        "train_micro_batch_size_per_gpu",
+        "wall_clock_breakdown",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)
+"""Top-level DeepSpeed keys a section may hold."""
+
+REFUSED_KEYS = {
+    "train_batch_size": "it would change meaning with the number of processes: give train_micro_batch_size_per_gpu and "
+    "gradient_accumulation_steps",
+    "scheduler": "the schedule is part of the recipe: training.warmup_steps and training.max_steps",
+    "fp16": "losses of two engines cannot share one dynamic loss scale: use bf16, or neither for float32",
+    "amp": "use bf16, or neither for float32",
+    "tensorboard": "one writer logs all three engines: see run_dir in the recipe",
+    "csv_monitor": "one writer logs all three engines: see run_dir in the recipe",
+    "wandb": "one writer logs all three engines: see run_dir in the recipe",
+    "managed_gradient_accumulation": "both engines must reach the accumulation boundary together",
+}
+"""DeepSpeed keys that a section may not hold, and what to do instead."""
+
+
+def read_ds_config(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Section name -> checked DeepSpeed configuration, for all three sections.
+
+    A file without sections is one configuration for all three; the backbone's copy loses what only training needs.
+    Raises ValueError naming the file, the section and the key; FileNotFoundError if there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--ds_config {path}: no such file")
+    try:
+        content = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: want a JSON object with the sections {', '.join(SECTIONS)}")
+    sections = _sections(content, path)
+    for name in SECTIONS:
+        _check_section(sections[name], name, path)
+    for key, default in (("train_micro_batch_size_per_gpu", None), ("gradient_accumulation_steps", 1)):
+        values = {name: sections[name].get(key, default) for name in SECTIONS}
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{name}={value}" for name, value in values.items())
+            raise ValueError(f"{path}: {key} differs between sections ({listed}); the three engines see the same batches")
+    return sections
+
+
+def micro_batch_size(ds_config: dict[str, dict[str, Any]]) -> int:
+    """Rows per process and forward pass."""
+    return int(ds_config["exits"]["train_micro_batch_size_per_gpu"])
+
+
+def gradient_accumulation_steps(ds_config: dict[str, dict[str, Any]]) -> int:
+    """Micro-batches per optimizer step."""
+    return int(ds_config["exits"].get("gradient_accumulation_steps", 1))
+
+
+def zero_stage(section: dict[str, Any]) -> int:
+    """ZeRO stage of a section; DeepSpeed's default is 0."""
+    return int(section.get("zero_optimization", {}).get("stage", 0))
+
+
+def precision(section: dict[str, Any]) -> str:
+    """``bfloat16`` or ``float32``, the dtype of a section's weights."""
+    return "bfloat16" if section.get("bf16", {}).get("enabled", False) else "float32"
+
+
+def needs_frozen_copy(ds_config: dict[str, dict[str, Any]]) -> bool:
+    """Whether the exits must own a copy of the backbone's final norm and head.
+
+    They must when the backbone will be sharded (its head would be gathered by the wrong engine) or has another precision.
+    """
+    backbone, exits = ds_config["backbone"], ds_config["exits"]
+    return zero_stage(backbone) == 3 or zero_stage(exits) == 3 or precision(backbone) != precision(exits)
+
+
+def _sections(content: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    # A misspelt section name must not turn a sectioned file into an unsectioned one: any key that holds an object no
+    # DeepSpeed key holds is looked at as a section.
+    looks_sectioned = any(key in SECTIONS for key in content) or any(
+        isinstance(value, dict) and "train_micro_batch_size_per_gpu" in value for value in content.values()
+    )
+    if not looks_sectioned:
+        backbone = {key: value for key, value in content.items() if key not in ("optimizer", "gradient_clipping")}
+        if zero_stage(backbone) != 3:
+            backbone["zero_optimization"] = {"stage": 0}
+        return {"backbone": backbone, "exits": dict(content), "discriminators": dict(content)}
+    for key in content:
+        if key not in SECTIONS:
+            raise ValueError(f"{path}: unknown section {key!r}{_nearest(key, SECTIONS)}; sections: {', '.join(SECTIONS)}")
+    for name in SECTIONS:
+        if not isinstance(content.get(name), dict):
+            raise ValueError(f"{path}: section {name!r} is missing or not an object; sections: {', '.join(SECTIONS)}")
+    return {name: content[name] for name in SECTIONS}
+
+
+def _check_section(section: dict[str, Any], name: str, path: Path) -> None:
+    where = f"{path}, section {name!r}"
+    for key in section:
+        if key in REFUSED_KEYS:
+            raise ValueError(f"{where}: {key!r} is not allowed: {REFUSED_KEYS[key]}")
+        if key not in KNOWN_KEYS:
+            raise ValueError(f"{where}: unknown key {key!r}{_nearest(key, KNOWN_KEYS)}")
+    for key in ("optimizer", "zero_optimization", "bf16"):
+        if not isinstance(section.get(key, {}), dict):
+            raise ValueError(f"{where}: {key!r} must be an object")
+    for key, default in (("train_micro_batch_size_per_gpu", None), ("gradient_accumulation_steps", 1)):
+        value = section.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: {key!r} must be a positive integer, not {value!r}")
+    stage = section.get("zero_optimization", {}).get("stage", 0)
+    if name in TRAINED_SECTIONS:
+        if not isinstance(section.get("optimizer", {}).get("type"), str):
+            raise ValueError(f"{where}: 'optimizer' with a 'type' is required, for example AdamW")
+        # Stage 0 takes another code path, in which unfrozen gradients of the generator step would leak into the
+        # discriminators' update unnoticed.
+        if stage not in (1, 2, 3):
+            raise ValueError(f"{where}: zero_optimization.stage must be 1, 2 or 3, not {stage!r}")
+    else:
+        if "optimizer" in section:
+            raise ValueError(f"{where}: the backbone is frozen and takes no 'optimizer'")
+        if stage not in (0, 3):
+            raise ValueError(f"{where}: zero_optimization.stage must be 0 (replicated) or 3 (sharded), not {stage!r}")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{path}: key {key!r} is given twice in one object")
+    return dict(pairs)
+
+
+def _nearest(name: str, known: frozenset[str] | tuple[str, ...]) -> str:
+    match = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else ""

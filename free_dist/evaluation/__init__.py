@@ -1,0 +1,1 @@
+"""What early exits cost in quality and gain in time: metrics, paired clock, probes, report."""

@@ -1,0 +1,197 @@
+"""Honest clock: several decoders on the same samples, interleaved, timed end to end from pixels to tokens.
+
+Every decoder ("arm") answers a sample before any sees the next one, in an order drawn anew for each sample, so that
+drift of the machine hits all arms alike.  Vision tower and prefill are inside the clock; image decoding and
+tokenisation, the same for all, are outside.  Answers have their natural lengths.  Ratios are quotients of summed times
+over the samples both arms ran.
+
+Does not know tasks, scores or thresholds.  The number of threads is the caller's, and is recorded, not set.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from free_dist.backbones import Backbone, Blip2Backbone
+from free_dist.decoding.generate import GenerationResult, generate
+from free_dist.exits import ExitBank
+
+RESAMPLES = 2000
+"""Bootstrap resamples behind an interval."""
+COLLECT_EVERY = 50
+"""Samples between two garbage collections, which run outside the clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one arm produced for one sample."""
+
+    tokens: tuple[int, ...]
+    """Generated ids; the closing end-of-answer token is included where it was generated."""
+    exits: tuple[int, ...]
+    """Per token, the exit layer that emitted it; the number of blocks L for full depth."""
+    blocks: int
+    """Block calls made for all tokens, prefill included; an exit transformer's call counts as one block."""
+    seconds: float
+    """Wall-clock time."""
+
+
+class Decoded(NamedTuple):
+    """What a decoder returns; the fields of :class:`Answer` without the time."""
+
+    tokens: Sequence[int]
+    exits: Sequence[int]
+    blocks: int
+
+
+Decode = Callable[[Tensor, list[int]], Decoded]
+"""(pixels [1, 3, height, width], prompt ids) -> Decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One decoder under the clock."""
+
+    method: str
+    """``full``, ``hf``, ``exits``, ... as in a results row."""
+    threshold: float | None
+    """Confidence threshold, None for decoders without exits."""
+    decode: Decode
+    stride: int = 1
+    """The arm answers every ``stride``-th sample; slow references need not see them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompted:
+    """A sample ready for the clock."""
+
+    index: int
+    """Place in the whole evaluation, over all ranks."""
+    pixel_values: Tensor
+    """[1, 3, height, width]."""
+    prompt_ids: list[int]
+
+
+def full_arm(backbone: Backbone, *, max_new_tokens: int) -> Arm:
+    """Our own decoder at full depth, without any exit: method ``full``."""
+
+    def decode(pixel_values: Tensor, prompt_ids: list[int]) -> Decoded:
+        return _decoded(generate(backbone, None, pixel_values, prompt_ids, max_new_tokens=max_new_tokens))
+
+    return Arm(method="full", threshold=None, decode=decode)
+
+
+def exits_arm(
+    backbone: Backbone, bank: ExitBank, *, threshold: float, max_new_tokens: int, method: str = "exits"
+) -> Arm:
+    """Our decoder with early exits at one confidence threshold for all of them."""
+
+    def decode(pixel_values: Tensor, prompt_ids: list[int]) -> Decoded:
+        return _decoded(
+            generate(backbone, bank, pixel_values, prompt_ids, thresholds=threshold, max_new_tokens=max_new_tokens)
+        )
+
+    return Arm(method=method, threshold=threshold, decode=decode)
+
+
+def hf_arm(backbone: Blip2Backbone, *, max_new_tokens: int, stride: int = 1) -> Arm:
+    """Hugging Face's own greedy ``generate`` with its KV cache, on the same model object and inputs: method ``hf``."""
+    eos, pad = backbone.layout.eos_token_id, backbone.layout.pad_token_id
+
+    @torch.inference_mode()
+    def decode(pixel_values: Tensor, prompt_ids: list[int]) -> Decoded:
+        input_ids = torch.tensor([prompt_ids], device=pixel_values.device)
+        output = backbone.model.generate(
+            pixel_values=pixel_values,
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=eos,
+            pad_token_id=pad,
+        )
+        tokens = output[0, len(prompt_ids) :].tolist()
+        return Decoded(tokens, [backbone.n_blocks] * len(tokens), backbone.n_blocks * len(tokens))
+
+    return Arm(method="hf", threshold=None, decode=decode, stride=stride)
+
+
+def run_interleaved(
+    arms: Sequence[Arm], samples: Iterable[Prompted], *, warmup: int = 2
+) -> Iterator[list[Answer | None]]:
+    """One list of answers per sample, in the order of ``arms``; None where an arm's stride leaves the sample out.
+
+    The first ``warmup`` samples are answered by every arm once before the clock starts, and then again under it.
+    Garbage collection is off while the clock runs.
+    """
+    iterator = iter(samples)
+    opening = [sample for _, sample in zip(range(warmup), iterator, strict=False)]
+    for sample in opening:
+        for arm in arms:
+            arm.decode(sample.pixel_values, sample.prompt_ids)
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        for i, sample in enumerate(_chain(opening, iterator)):
+            answers: list[Answer | None] = [None] * len(arms)
+            order = [j for j, arm in enumerate(arms) if sample.index % arm.stride == 0]
+            random.Random(sample.index).shuffle(order)
+            for j in order:
+                answers[j] = _timed(arms[j], sample)
+            yield answers
+            if i % COLLECT_EVERY == COLLECT_EVERY - 1:
+                gc.collect()
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def ratio_with_interval(
+    reference: Sequence[float], measured: Sequence[float], *, level: float = 0.95, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """``sum(reference) / sum(measured)`` over paired values, and its percentile bootstrap interval over samples."""
+    if len(reference) != len(measured) or not len(measured):
+        raise ValueError(f"{len(reference)} reference values against {len(measured)}: want equal and above 0")
+    top, bottom = np.asarray(reference, dtype=np.float64), np.asarray(measured, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(top), (RESAMPLES, len(top)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = top[drawn].sum(1) / bottom[drawn].sum(1)
+    low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+    return float(top.sum() / bottom.sum()), (float(low), float(high))
+
+
+def _timed(arm: Arm, sample: Prompted) -> Answer:
+    _wait_for_device(sample.pixel_values.device)
+    start = time.perf_counter()
+    decoded = arm.decode(sample.pixel_values, sample.prompt_ids)
+    _wait_for_device(sample.pixel_values.device)
+    seconds = time.perf_counter() - start
+    return Answer(tokens=tuple(decoded.tokens), exits=tuple(decoded.exits), blocks=decoded.blocks, seconds=seconds)
+
+
+def _decoded(result: GenerationResult) -> Decoded:
+    exits = [result.n_blocks if layer is None else layer for layer in result.exit_layers]
+    return Decoded(result.tokens, exits, sum(result.blocks_executed) + result.exit_calls)
+
+
+def _wait_for_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _chain(opening: Iterable[Prompted], rest: Iterable[Prompted]) -> Iterator[Prompted]:
+    yield from opening
+    yield from rest

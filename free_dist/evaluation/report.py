@@ -1,0 +1,153 @@
+"""The report of an evaluation: tables for terminal and Markdown, and everything written to the run directory.
+
+Knows the columns of a row, and nothing of models or data.  Prints nothing: tables are strings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from free_dist.atomic import write_atomically
+from free_dist.evaluation import plots
+from free_dist.evaluation.probe import Probe
+from free_dist.evaluation.rows import Row, best_row, tasks_of, write_results
+
+LEGEND = """\
+* **quality**: VQA accuracy (vqa), accuracy of the last answer given the true history (dialogue), CIDEr-D with ptb-like
+  tokenisation (caption; 1.0 is "100"). *relative*: quality over the full model's on the same samples.
+* **agreement**: share of samples whose whole generated token sequence equals the full model's.
+* **blocks**: mean block calls per generated token, prefill included, an exit transformer counted as one block.
+* **layer ratio**: all blocks over *blocks*. It is a count, **not a speed**: heads, vision and overhead are not in it.
+* **speed / full**, **speed / HF**: wall-clock ratio against our own full-depth decoder and against Hugging Face
+  `generate` on the same model: end to end from pixels to tokens, same run, interleaved sample by sample, sums of times;
+  in brackets a 95% bootstrap interval over samples. Above 1 is faster. What counts is the lower of the two.
+"""
+
+
+_HEADINGS = (
+    "task",
+    "method",
+    "threshold",
+    "quality",
+    "relative",
+    "agreement",
+    "blocks",
+    "layer ratio",
+    "speed / full",
+    "speed / HF",
+    "n",
+    "best",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportPaths:
+    """Where a report lies."""
+
+    results: Path
+    """``results.json``."""
+    report: Path
+    """``report.md``."""
+    plots: dict[str, Path]
+    """Title -> PNG."""
+
+
+def write_report(rows: Sequence[Row], probes: Sequence[Probe], run_dir: str | Path) -> ReportPaths:
+    """Write ``results.json``, ``probes.json``, ``report.md`` and the plots to ``run_dir``, each file when complete.
+
+    ``probes`` may be empty; then there is no per-block picture.
+    """
+    directory = Path(run_dir)
+    results = write_results(rows, directory)
+    figures = {
+        "Speed and quality": plots.speed_quality(rows, directory / "speed_quality.png"),
+        "Where tokens leave": plots.exit_shares(rows, directory / "exit_shares.png"),
+    }
+    if probes:
+        figures["Accuracy per block"] = plots.accuracy_per_block(probes, directory / "accuracy_per_block.png")
+        text = json.dumps([probe.to_json() for probe in probes], indent=1) + "\n"
+        write_atomically(directory / "probes.json", text.encode())
+    report = directory / "report.md"
+    write_atomically(report, markdown_report(rows, probes, figures).encode())
+    return ReportPaths(results=results, report=report, plots=figures)
+
+
+def terminal_table(rows: Sequence[Row]) -> str:
+    """All rows as aligned text; ``*`` marks the fastest row of a task that keeps 99% of the full model's quality."""
+    return _aligned([_HEADINGS, *_cells(rows)])
+
+
+def markdown_report(rows: Sequence[Row], probes: Sequence[Probe], figures: dict[str, Path]) -> str:
+    """The text of ``report.md``; figures are linked by file name."""
+    lines = ["# Early exits: quality and speed", ""]
+    for task in tasks_of(rows):
+        best = best_row(rows, task)
+        if best is None:
+            lines.append(f"- **{task}**: no threshold keeps 99% of the full model's quality.")
+        else:
+            lines.append(
+                f"- **{task}**: {best.speed:.2f}x the faster baseline at {best.quality_ratio:.1%} of the full model's "
+                f"quality (`{best.method}`, threshold {best.threshold:g}, n = {best.n})."
+            )
+    lines += ["", "## Results", "", "| " + " | ".join(_HEADINGS) + " |", "|" + "---|" * len(_HEADINGS)]
+    lines += ["| " + " | ".join(cells) + " |" for cells in _cells(rows)]
+    conditions = sorted({f"{row.extras['threads']} threads" for row in rows if "threads" in row.extras})
+    lines += [
+        "",
+        "`*`: fastest row that keeps 99% of the quality."
+        + (f" Timed with {', '.join(conditions)}." if conditions else ""),
+    ]
+    lines += ["", LEGEND]
+    for title, path in figures.items():
+        lines += [f"## {title}", "", f"![{title}]({path.name})", ""]
+    for probe in probes:
+        lines += [*_probe_table(probe), ""]
+    return "\n".join(lines)
+
+
+def _probe_table(probe: Probe) -> list[str]:
+    blocks = sorted({k for name in probe.curves for k in probe.accuracy(name)})
+    lines = [f"Teacher-forced accuracy on `{probe.task}`, {probe.tokens} answer tokens, by block:", ""]
+    lines += ["| | " + " | ".join(map(str, blocks)) + " |", "|" + "---|" * (len(blocks) + 1)]
+    for name in probe.curves:
+        accuracy = probe.accuracy(name)
+        cells = (f"{accuracy[k]:.3f}" if k in accuracy else "" for k in blocks)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    best = {task: best_row(rows, task) for task in tasks_of(rows)}
+    return [
+        [
+            row.task,
+            row.method,
+            "-" if row.threshold is None else f"{row.threshold:g}",
+            f"{row.quality:.3f}",
+            f"{row.quality_ratio:.1%}",
+            f"{row.agreement:.1%}",
+            f"{row.mean_blocks:.2f}",
+            f"{row.layer_ratio:.2f}",
+            _with_interval(row.wall_ratio, row.extras.get("wall_ratio_interval")),
+            _with_interval(row.wall_ratio_hf, row.extras.get("wall_ratio_hf_interval")),
+            str(row.n),
+            "*" if row is best[row.task] else "",
+        ]
+        for row in rows
+    ]
+
+
+def _with_interval(ratio: float | None, interval: Sequence[float] | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}" if interval is None else f"{ratio:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)

@@ -1,0 +1,98 @@
+"""Watches a run: one JSON line and one set of TensorBoard scalars per logged step, a progress bar, texts and images.
+
+Does not know what is trained: it receives named numbers.  ``log.jsonl`` alone is enough to redraw every curve.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+LOG = "log.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class Monitor:
+    """Logger of one run directory; on ranks other than 0 every method does nothing.
+
+    Use as a context manager, so that what was logged reaches the disk whatever ends the run.
+    """
+
+    def __init__(self, run_dir: Path, *, total_steps: int, description: str, enabled: bool = True) -> None:
+        self._enabled = enabled
+        self._tokens = self._samples = 0
+        self._since = time.perf_counter()
+        self._progress = tqdm(total=total_steps, desc=description, unit="step", disable=not enabled, mininterval=1.0)
+        if enabled:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._writer = SummaryWriter(run_dir / TENSORBOARD)
+            self._log = open(run_dir / LOG, "a")
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def advance(self, *, samples: int, tokens: int) -> None:
+        """Count one step of this many samples and tokens, over all ranks."""
+        self._samples += samples
+        self._tokens += tokens
+        self._progress.update()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Log named numbers, and the throughput and memory since the last call."""
+        if not self._enabled:
+            return
+        now = time.perf_counter()
+        seconds = now - self._since
+        everything = dict(values)
+        if self._samples:
+            everything |= {
+                "throughput/samples_per_second": self._samples / seconds,
+                "throughput/tokens_per_second": self._tokens / seconds,
+            }
+        everything["memory/gib"] = peak_memory_gib()
+        self._samples = self._tokens = 0
+        self._since = now
+        for name, value in everything.items():
+            self._writer.add_scalar(name, value, step)
+        self._log.write(json.dumps({"step": step, "time": time.time(), **everything}) + "\n")
+        self._log.flush()
+
+    def text(self, step: int, name: str, content: str) -> None:
+        """Log Markdown text."""
+        if self._enabled:
+            self._writer.add_text(name, content, step)
+
+    def image(self, step: int, name: str, path: Path) -> None:
+        """Log a picture from a file."""
+        if self._enabled:
+            with Image.open(path) as picture:
+                self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._progress.close()
+        if self._enabled:
+            self._writer.close()
+            self._log.close()
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process in GiB: allocated on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,193 @@
+"""Stage 2: the loop that trains exits on a frozen backbone — stream, step, log, export.
+
+Knows the order of things in a run; the step itself, the engines, the stream and the log are other modules' business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from free_dist.backbones import Backbone, Blip2Backbone
+from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
+from free_dist.backbones.embedded import resolve_backbone
+from free_dist.config import Recipe
+from free_dist.data.samples import Sample, SampleEncoder
+from free_dist.data.stream import split_samples, training_batches
+from free_dist.decoding.generate import generate
+from free_dist.distributed import StopFlag, World, all_reduce_mean, all_reduce_sum, seed_everything
+from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, needs_frozen_copy
+from free_dist.engines import Engines, build_engines, gathered
+from free_dist.exits import ExitBank, FeatureClassifiers
+from free_dist.exits.export import backbone_hash, save_exits
+from free_dist.monitor import Monitor
+from free_dist.training.schedule import warmup_cosine
+from free_dist.training.step import adversarial_step
+
+EXPORT = "export"
+"""Directory of the trained exits, below the run directory."""
+
+SHOWN_SAMPLES = 4
+"""Samples per task whose generated text is logged."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop before its last step; what it had learnt was exported."""
+
+
+def load_backbone(recipe: Recipe) -> tuple[Blip2Backbone, SampleEncoder]:
+    """The recipe's frozen backbone in float32, and the encoder of its samples."""
+    directory = resolve_backbone(recipe.backbone.path)
+    backbone = Blip2Backbone.from_pretrained(directory)
+    encoder = SampleEncoder(
+        load_tokenizer(directory), load_image_processor(directory), backbone.layout, backbone.max_positions
+    )
+    return backbone, encoder
+
+
+def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) -> Path:
+    """Train the recipe's exits inside a running process group; returns the export directory, complete on rank 0.
+
+    Raises Interrupted after SIGINT or SIGTERM to any rank, on all ranks, with the exits as they were then exported.
+    """
+    run_dir = Path(recipe.run_dir)
+    seed_everything(recipe.training.seed)
+    backbone, encoder = load_backbone(recipe)
+    frozen_hash = backbone_hash(backbone)
+    bank = ExitBank(
+        backbone,
+        recipe.exits.exit_layers,
+        init=recipe.exits.init,
+        copy_frozen=needs_frozen_copy(ds_config),
+    )
+    classifiers = None
+    if recipe.loss.adversarial_weight > 0:
+        classifiers = FeatureClassifiers(
+            len(bank.exit_layers), backbone.hidden_size, recipe.exits.discriminator_hidden_size
+        )
+    # A sharded backbone cannot decode alone on one rank; sample texts come from a replica.
+    decoder = load_backbone(recipe)[0] if world.is_main and recipe.training.sample_every else None
+    steps = recipe.training.max_steps
+    factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
+    engines = build_engines(backbone, bank, classifiers, ds_config, factor)
+    accumulation = gradient_accumulation_steps(ds_config)
+    batches = training_batches(
+        recipe.data,
+        encoder,
+        seed=recipe.training.seed,
+        micro_batch_size=micro_batch_size(ds_config),
+        gradient_accumulation_steps=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    stopped = False
+    with (
+        StopFlag(world.device) as stop,
+        Monitor(run_dir, total_steps=steps, description=recipe.loss.mode, enabled=world.is_main) as monitor,
+    ):
+        for step in range(1, steps + 1):
+            measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
+            rows, tokens = 0, 0
+            for _ in range(accumulation):
+                batch = next(batches).to(world.device)
+                report = adversarial_step(engines, batch, recipe.loss, measure=measure)
+                rows += len(batch.keys) * world.size
+                tokens += batch.input_ids.numel() * world.size
+            monitor.advance(samples=rows, tokens=tokens)
+            if measure:
+                monitor.scalars(step, _scalars(report, bank.exit_layers, engines, batch.task))
+            if recipe.training.sample_every and step % recipe.training.sample_every == 0:
+                with gathered(engines.exits):
+                    if decoder is not None:
+                        _log_samples(monitor, step, decoder, bank, encoder, recipe)
+            stopped = stop.agreed()
+            if stopped:
+                break
+    export = run_dir / EXPORT
+    with gathered(engines.exits):
+        if world.is_main:
+            save_exits(
+                bank,
+                export,
+                backbone_hash=frozen_hash,
+                thresholds=[recipe.decoding.confidence_threshold] * len(bank.exit_layers),
+                extra={"backbone": recipe.backbone.path, "steps": step, "loss": vars(recipe.loss)},
+            )
+    if stopped:
+        raise Interrupted(f"stopped after step {step} of {steps}; exits exported to {export}")
+    return export
+
+
+def _scalars(
+    report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: Engines, task: str
+) -> dict[str, float]:
+    """One step's report as named numbers, averaged over ranks; per-exit values get one name each."""
+    names = {
+        "task_loss": f"loss_{task}",
+        "g_loss": "loss_generator",
+        "d_loss": "loss_discriminator",
+        "d_accuracy_real": "discriminator_accuracy_real",
+        "d_accuracy_fake": "discriminator_accuracy_fake",
+        "agreement": f"agreement_with_full_{task}",
+        "accuracy": f"token_accuracy_{task}",
+        "cosine": "cosine_to_full",
+    }
+    values: dict[str, float] = {}
+    for key, value in report.items():
+        if key == "answer_tokens":
+            values["batch/answer_tokens"] = all_reduce_sum(value).item()
+        elif value.ndim:
+            per_exit = all_reduce_mean(value.float()).tolist()
+            values |= {f"{names[key]}/exit_{k}": number for k, number in zip(exit_layers, per_exit, strict=True)}
+        elif key.startswith("grad_norm/"):
+            values[key] = value.item()
+        else:
+            values[f"step/{key}"] = all_reduce_mean(value.float()).item()
+    values["learning_rate/exits"] = engines.exits.get_lr()[0]
+    if engines.discriminators is not None:
+        values["learning_rate/discriminators"] = engines.discriminators.get_lr()[0]
+    return values
+
+
+def _log_samples(
+    monitor: Monitor, step: int, decoder: Backbone, bank: ExitBank, encoder: SampleEncoder, recipe: Recipe
+) -> None:
+    """Generate a few calibration samples with the exits as they are, and log question, answer and exits as a table."""
+    lines = ["| task | prompt | expected | generated | exit after block |", "|---|---|---|---|---|"]
+    was_training = bank.training
+    bank.eval()
+    exits = _decoding_copy(bank, decoder)
+    for task in recipe.data.tasks:
+        for sample in split_samples(recipe.data, "calibration", task, max_samples=SHOWN_SAMPLES):
+            lines.append(_sample_row(sample, decoder, exits, encoder, recipe))
+    bank.train(was_training)
+    monitor.text(step, "samples", "\n".join(lines))
+
+
+def _decoding_copy(bank: ExitBank, decoder: Backbone) -> ExitBank:
+    """The bank's weights in the decoder's precision, on the decoder's own norm and head."""
+    copy = ExitBank(decoder, bank.exit_layers, init="same").eval()
+    copy.transformers.load_state_dict(bank.transformers.state_dict())
+    return copy
+
+
+def _sample_row(
+    sample: Sample, decoder: Backbone, exits: ExitBank, encoder: SampleEncoder, recipe: Recipe
+) -> str:
+    parameter = next(decoder.parameters())
+    pixels = encoder.encode_image(sample.image)[None].to(parameter.device, parameter.dtype)
+    prompt = torch.tensor([encoder.encode_prompt(sample.turns)], device=parameter.device)
+    result = generate(
+        decoder,
+        exits,
+        pixels,
+        prompt,
+        thresholds=recipe.decoding.confidence_threshold,
+        max_new_tokens=recipe.decoding.max_new_tokens,
+    )
+    where = " ".join("full" if layer is None else str(layer) for layer in result.exit_layers)
+    cells = [sample.task, sample.turns[-1].prompt, sample.turns[-1].answer, encoder.decode(result.tokens), where]
+    return "| " + " | ".join(cells) + " |"

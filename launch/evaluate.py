@@ -1,0 +1,85 @@
+#!/usr/bin/env python
+"""Measure trained exits over a threshold sweep: quality, agreement, paired wall-clock; writes tables and plots to run_dir.
+
+Starts as plain `python` (one process, no DeepSpeed needed) or under `deepspeed` or `torchrun`, where samples are shared
+out. The number of threads is torch's own choice; OMP_NUM_THREADS sets it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from free_dist.config import Recipe, UserError
+from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--exits", type=Path, required=True, metavar="DIR", help="exits.safetensors and exits.json")
+    parser.add_argument("--exits-ce", type=Path, metavar="DIR", help="exits trained without discriminators, to compare")
+    add_recipe_arguments(parser)
+    arguments, _launcher_flags = parser.parse_known_intermixed_args()
+    directories = {"exits": arguments.exits} | ({"exits_ce": arguments.exits_ce} if arguments.exits_ce else {})
+    with fail_clearly(parser):
+        recipe = load_recipe(arguments.config, arguments.overrides)
+        if "RANK" not in os.environ:
+            run(recipe, directories)
+            return
+        from free_dist.distributed import distributed_session
+
+        with distributed_session() as world:
+            run(recipe, directories, rank=world.rank, world_size=world.size, device=str(world.device))
+
+
+def run(
+    recipe: Recipe, directories: dict[str, Path], *, rank: int = 0, world_size: int = 1, device: str = "cpu"
+) -> None:
+    """Evaluate the exits in ``directories`` (method name -> export) and let rank 0 write and print the report."""
+    from free_dist.backbones import Blip2Backbone
+    from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
+    from free_dist.backbones.embedded import resolve_backbone
+    from free_dist.data.samples import SampleEncoder
+    from free_dist.evaluation.evaluate import evaluate_exits
+    from free_dist.evaluation.probe import probe_exits
+    from free_dist.evaluation.report import terminal_table, write_report
+    from free_dist.exits.export import load_exits
+
+    directory = resolve_backbone(recipe.backbone.path)
+    try:
+        backbone = Blip2Backbone.from_pretrained(directory)
+        banks = {method: load_exits(backbone, export).to(device) for method, export in directories.items()}
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    backbone.to(device)
+    tokenizer, image_processor = load_tokenizer(directory), load_image_processor(directory)
+    encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
+    gather = _gather_over(world_size)
+    rows = evaluate_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
+    probes = probe_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
+    if rank == 0:
+        paths = write_report(rows, probes, recipe.run_dir)
+        print(terminal_table(rows))
+        for path in (paths.results, paths.report, *paths.plots.values()):
+            print(path)
+
+
+def _gather_over(world_size: int) -> Callable[[list[Any]], list[list[Any]]]:
+    if world_size == 1:
+        return lambda results: [results]
+
+    def gather(results: list[Any]) -> list[list[Any]]:
+        import torch
+
+        parts: list[list[Any]] = [[] for _ in range(world_size)]
+        torch.distributed.all_gather_object(parts, results)
+        return parts
+
+    return gather
+
+
+if __name__ == "__main__":
+    main()

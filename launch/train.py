@@ -1,0 +1,66 @@
+#!/usr/bin/env python
+"""Stage 2: train adversarial early exits on a frozen backbone with three DeepSpeed engines.
+
+    deepspeed launch/train.py --ds_config ds_configs/cpu.json
+    deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/cpu.json training.max_steps=100
+    torchrun --nproc_per_node 2 launch/train.py --ds_config ds_configs/cpu.json
+    python launch/train.py --ds_config ds_configs/cpu.json
+
+Without a GPU the deepspeed launcher starts one process unless --num_gpus names another number.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from free_dist.config import Recipe, UserError
+from free_dist.ds_config import read_ds_config
+from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
+
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--ds_config", required=True, metavar="FILE", help="how the run is distributed: DeepSpeed JSON with the sections "
+        "backbone, exits and discriminators; see ds_configs/",
+    )
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by some launchers
+    add_recipe_arguments(parser)
+    arguments = parser.parse_intermixed_args()
+    with fail_clearly(parser):
+        recipe = load_recipe(arguments.config, arguments.overrides)
+        ds_config = read_ds_config(arguments.ds_config)
+        raise SystemExit(run(recipe, ds_config, Path(arguments.ds_config)))
+
+
+def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Path) -> int:
+    """Train as the recipe says; returns the exit code."""
+    from free_dist.atomic import write_atomically
+    from free_dist.distributed import distributed_session
+    from free_dist.training.trainer import Interrupted, train
+
+    run_dir = Path(recipe.run_dir)
+    if (run_dir / "log.jsonl").exists():
+        raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir or remove it")
+    with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
+        if world.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            save_recipe(recipe, run_dir / "recipe.yaml")
+            write_atomically(run_dir / "ds_config.json", ds_config_path.read_bytes())
+        try:
+            export = train(recipe, ds_config, world)
+        except Interrupted as stop:
+            if world.is_main:
+                print(f"\n{stop}")
+            return EXIT_INTERRUPTED
+        if world.is_main:
+            print(f"exits: {export}\nTensorBoard: tensorboard --logdir {run_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
