@@ -27,6 +27,10 @@ class UserError(ValueError):
     """
 
 
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or directory that the person named does not exist."""
+
+
 class ConfigError(UserError):
     """A recipe that cannot be run; the message names the dotted field."""
 
@@ -222,14 +226,19 @@ def _check_data(data: DataConfig) -> None:
     for task, weight in data.tasks.items():
         _one_of("data.tasks", task, TASKS)
         _weight(f"data.tasks.{task}", weight)
-    _require(any(data.tasks.values()), "data.tasks", data.tasks, "no task has a weight above 0, so there are no batches")
+    _require(
+        any(data.tasks.values()), "data.tasks", data.tasks, "no task has a weight above 0, so there are no batches"
+    )
     _at_least(1, "data.questions_per_image", data.questions_per_image)
     _at_least(1, "data.max_turns", data.max_turns)
     _at_least(1, "data.shuffle_buffer", data.shuffle_buffer)
     _require("{question}" in data.question_prompt, "data.question_prompt", data.question_prompt, "lacks {question}")
     bare = data.question_prompt.replace("{question}", "")
     _require(
-        "{" not in bare and "}" not in bare, "data.question_prompt", data.question_prompt, "only {question} may stand in braces"
+        "{" not in bare and "}" not in bare,
+        "data.question_prompt",
+        data.question_prompt,
+        "only {question} may stand in braces",
     )
 
 

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from free_dist.config import UserError
+
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets in every process it starts."""
 
@@ -51,7 +53,7 @@ def distributed_session(
 ) -> Iterator[World]:
     """Join the process group for the duration of a ``with`` block: gloo on CPU, NCCL on GPU.
 
-    Raises ValueError when fewer processes were started than ``expected_world_size``, or the environment is incomplete.
+    Raises UserError when fewer processes were started than ``expected_world_size``, or the environment is incomplete.
     """
     rank, size, local_rank = _read_environment()
     check_world_size(expected_world_size, size)
@@ -64,10 +66,10 @@ def distributed_session(
 
 
 def check_world_size(expected: int | None, actual: int) -> None:
-    """Raise ValueError when ``actual`` processes are fewer than ``expected``; None expects nothing."""
+    """Raise UserError when ``actual`` processes are fewer than ``expected``; None expects nothing."""
     if expected is None or actual >= expected:
         return
-    raise ValueError(
+    raise UserError(
         f"training.expected_world_size={expected}, but this launch started {actual} process{'' if actual == 1 else 'es'}. "
         f"Start with `deepspeed --num_gpus {expected} launch/train.py ...` (also without GPUs: there the launcher starts "
         "one process unless told otherwise), or `torchrun --nproc_per_node`, or unset training.expected_world_size"
@@ -151,7 +153,7 @@ def _read_environment() -> tuple[int, int, int]:
             port = probe.getsockname()[1]
         os.environ.update(zip(LAUNCHER_VARIABLES, ("0", "1", "0", "127.0.0.1", str(port)), strict=True))
     elif missing:
-        raise ValueError(
+        raise UserError(
             f"the environment lacks {', '.join(missing)} but has other launcher variables: start with `deepspeed`, with "
             "`torchrun`, or with plain `python` and none of " + ", ".join(LAUNCHER_VARIABLES)
         )
@@ -177,7 +179,7 @@ def _start(local_rank: int, timeout: timedelta) -> torch.device:
     name = get_accelerator().device_name()
     if name == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; start one process per GPU"
             )
         torch.cuda.set_device(local_rank)

@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from free_dist.config import MissingFileError, UserError
+
 SECTIONS = ("backbone", "exits", "discriminators")
 """One DeepSpeed configuration per engine."""
 
@@ -64,17 +66,17 @@ def read_ds_config(path: str | Path) -> dict[str, dict[str, Any]]:
     """Section name -> checked DeepSpeed configuration, for all three sections.
 
     A file without sections is one configuration for all three; the backbone's copy loses what only training needs.
-    Raises ValueError naming the file, the section and the key; FileNotFoundError if there is no such file.
+    Raises UserError naming the file, the section and the key; MissingFileError if there is no such file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"--ds_config {path}: no such file")
+        raise MissingFileError(f"--ds_config {path}: no such file")
     try:
         content = json.loads(path.read_text(), object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
+        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: want a JSON object with the sections {', '.join(SECTIONS)}")
+        raise UserError(f"{path}: want a JSON object with the sections {', '.join(SECTIONS)}")
     sections = _sections(content, path)
     for name in SECTIONS:
         _check_section(sections[name], name, path)
@@ -82,7 +84,9 @@ def read_ds_config(path: str | Path) -> dict[str, dict[str, Any]]:
         values = {name: sections[name].get(key, default) for name in SECTIONS}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{name}={value}" for name, value in values.items())
-            raise ValueError(f"{path}: {key} differs between sections ({listed}); the three engines see the same batches")
+            raise UserError(
+                f"{path}: {key} differs between sections ({listed}); the three engines see the same batches"
+            )
     return sections
 
 
@@ -128,10 +132,12 @@ def _sections(content: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
         return {"backbone": backbone, "exits": dict(content), "discriminators": dict(content)}
     for key in content:
         if key not in SECTIONS:
-            raise ValueError(f"{path}: unknown section {key!r}{_nearest(key, SECTIONS)}; sections: {', '.join(SECTIONS)}")
+            raise UserError(
+                f"{path}: unknown section {key!r}{_nearest(key, SECTIONS)}; sections: {', '.join(SECTIONS)}"
+            )
     for name in SECTIONS:
         if not isinstance(content.get(name), dict):
-            raise ValueError(f"{path}: section {name!r} is missing or not an object; sections: {', '.join(SECTIONS)}")
+            raise UserError(f"{path}: section {name!r} is missing or not an object; sections: {', '.join(SECTIONS)}")
     return {name: content[name] for name in SECTIONS}
 
 
@@ -139,36 +145,36 @@ def _check_section(section: dict[str, Any], name: str, path: Path) -> None:
     where = f"{path}, section {name!r}"
     for key in section:
         if key in REFUSED_KEYS:
-            raise ValueError(f"{where}: {key!r} is not allowed: {REFUSED_KEYS[key]}")
+            raise UserError(f"{where}: {key!r} is not allowed: {REFUSED_KEYS[key]}")
         if key not in KNOWN_KEYS:
-            raise ValueError(f"{where}: unknown key {key!r}{_nearest(key, KNOWN_KEYS)}")
+            raise UserError(f"{where}: unknown key {key!r}{_nearest(key, KNOWN_KEYS)}")
     for key in ("optimizer", "zero_optimization", "bf16"):
         if not isinstance(section.get(key, {}), dict):
-            raise ValueError(f"{where}: {key!r} must be an object")
+            raise UserError(f"{where}: {key!r} must be an object")
     for key, default in (("train_micro_batch_size_per_gpu", None), ("gradient_accumulation_steps", 1)):
         value = section.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: {key!r} must be a positive integer, not {value!r}")
+            raise UserError(f"{where}: {key!r} must be a positive integer, not {value!r}")
     stage = section.get("zero_optimization", {}).get("stage", 0)
     if name in TRAINED_SECTIONS:
         if not isinstance(section.get("optimizer", {}).get("type"), str):
-            raise ValueError(f"{where}: 'optimizer' with a 'type' is required, for example AdamW")
+            raise UserError(f"{where}: 'optimizer' with a 'type' is required, for example AdamW")
         # Stage 0 takes another code path, in which unfrozen gradients of the generator step would leak into the
         # discriminators' update unnoticed.
         if stage not in (1, 2, 3):
-            raise ValueError(f"{where}: zero_optimization.stage must be 1, 2 or 3, not {stage!r}")
+            raise UserError(f"{where}: zero_optimization.stage must be 1, 2 or 3, not {stage!r}")
     else:
         if "optimizer" in section:
-            raise ValueError(f"{where}: the backbone is frozen and takes no 'optimizer'")
+            raise UserError(f"{where}: the backbone is frozen and takes no 'optimizer'")
         if stage not in (0, 3):
-            raise ValueError(f"{where}: zero_optimization.stage must be 0 (replicated) or 3 (sharded), not {stage!r}")
+            raise UserError(f"{where}: zero_optimization.stage must be 0 (replicated) or 3 (sharded), not {stage!r}")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"{path}: key {key!r} is given twice in one object")
+            raise UserError(f"{path}: key {key!r} is given twice in one object")
     return dict(pairs)
 
 

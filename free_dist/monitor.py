@@ -1,4 +1,4 @@
-"""Watches a run: one JSON line and one set of TensorBoard scalars per logged step, a progress bar, texts and images.
+"""Watches a run: one JSON line and one set of TensorBoard scalars per logged step, a progress bar, texts and pictures.
 
 Does not know what is trained: it receives named numbers.  ``log.jsonl`` alone is enough to redraw every curve.
 """
@@ -77,18 +77,20 @@ class Monitor:
         if self._enabled:
             self._writer.add_text(name, content, step)
 
-    def image(self, step: int, name: str, path: Path) -> None:
-        """Log a picture from a file."""
-        if self._enabled:
-            with Image.open(path) as picture:
-                self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-
     def close(self) -> None:
         """Flush and close everything."""
         self._progress.close()
         if self._enabled:
             self._writer.close()
             self._log.close()
+
+
+def log_pictures(run_dir: Path, pictures: Mapping[str, Path], *, step: int = 0) -> None:
+    """Add pictures (title -> PNG file) to a run directory's TensorBoard page."""
+    with SummaryWriter(run_dir / TENSORBOARD) as writer:
+        for title, path in pictures.items():
+            with Image.open(path) as picture:
+                writer.add_image(title, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
 
 def peak_memory_gib() -> float:

@@ -75,7 +75,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
     Parse with ``parser.parse_intermixed_args()``, so that overrides may stand before and after flags.
     """
-    parser.add_argument("--config", metavar="FILE", help="recipe YAML, such as those in launch/recipes; default: built in")
+    parser.add_argument(
+        "--config", metavar="FILE", help="recipe YAML, such as those in launch/recipes; default: built in"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="recipe fields to change, such as training.max_steps=100"
     )
@@ -96,9 +98,9 @@ def recipe_help() -> str:
 
 @contextmanager
 def fail_clearly(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turn a UserError raised inside into one line on standard error and exit code 2, as argparse does for its own flags.
+    """Turn a user's mistake into one line on standard error and exit code 2, as argparse does for its own flags.
 
-    Every other exception keeps its traceback: it is a defect, not a user's mistake.
+    Every exception that is not a UserError keeps its traceback, because it is a defect.
     """
     try:
         yield

@@ -11,10 +11,13 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from free_dist.config import Recipe, UserError
+from free_dist.config import Recipe
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+
+if TYPE_CHECKING:
+    from free_dist.evaluation.report import ReportPaths
 
 
 def main() -> None:
@@ -27,44 +30,45 @@ def main() -> None:
     with fail_clearly(parser):
         recipe = load_recipe(arguments.config, arguments.overrides)
         if "RANK" not in os.environ:
-            run(recipe, directories)
+            paths = run(recipe, directories)
+            if paths is not None:
+                show(paths)
             return
         from free_dist.distributed import distributed_session
 
         with distributed_session() as world:
-            run(recipe, directories, rank=world.rank, world_size=world.size, device=str(world.device))
+            paths = run(recipe, directories, rank=world.rank, world_size=world.size, device=str(world.device))
+            if paths is not None:
+                show(paths)
 
 
 def run(
     recipe: Recipe, directories: dict[str, Path], *, rank: int = 0, world_size: int = 1, device: str = "cpu"
-) -> None:
-    """Evaluate the exits in ``directories`` (method name -> export) and let rank 0 write and print the report."""
-    from free_dist.backbones import Blip2Backbone
-    from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
-    from free_dist.backbones.embedded import resolve_backbone
-    from free_dist.data.samples import SampleEncoder
+) -> ReportPaths | None:
+    """Evaluate the exits in ``directories`` (method name -> export) and let rank 0 write the report."""
+    from free_dist.data.pretrained import load_pretrained
     from free_dist.evaluation.evaluate import evaluate_exits
     from free_dist.evaluation.probe import probe_exits
-    from free_dist.evaluation.report import terminal_table, write_report
+    from free_dist.evaluation.report import write_report
     from free_dist.exits.export import load_exits
 
-    directory = resolve_backbone(recipe.backbone.path)
-    try:
-        backbone = Blip2Backbone.from_pretrained(directory)
-        banks = {method: load_exits(backbone, export).to(device) for method, export in directories.items()}
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from error
+    backbone, encoder = load_pretrained(recipe.backbone.path)
+    banks = {method: load_exits(backbone, export).to(device) for method, export in directories.items()}
     backbone.to(device)
-    tokenizer, image_processor = load_tokenizer(directory), load_image_processor(directory)
-    encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
     gather = _gather_over(world_size)
     rows = evaluate_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
     probes = probe_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
-    if rank == 0:
-        paths = write_report(rows, probes, recipe.run_dir)
-        print(terminal_table(rows))
-        for path in (paths.results, paths.report, *paths.plots.values()):
-            print(path)
+    return write_report(rows, probes, recipe.run_dir) if rank == 0 else None
+
+
+def show(paths: ReportPaths) -> None:
+    """Print the table and where everything lies."""
+    from free_dist.evaluation.report import terminal_table
+    from free_dist.evaluation.rows import read_results
+
+    print(terminal_table(read_results(paths.results)))
+    for path in (paths.results, paths.report, *paths.plots.values()):
+        print(path)
 
 
 def _gather_over(world_size: int) -> Callable[[list[Any]], list[list[Any]]]:

@@ -1,24 +1,106 @@
 #!/usr/bin/env python
 """The whole path on the embedded model and data: shards, adversarial training on three engines, decoding, measuring.
 
-A second run reuses what the first one made; delete the run directory to start over.
+Trains the recipe's exits twice, with the adversarial loss and without, and measures both against the full model and against
+exits without any training.  A second run reuses what the first one made with the same settings.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from free_dist.cli import clear_errors
-from free_dist.config import ConfigError, Recipe, load_recipe, parse_overrides, save_recipe
+from free_dist.config import Recipe
+from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
+from free_dist.training.runs import EXPORT_MANIFEST, same_recipe, train_once
 
-ROOT = Path(__file__).resolve().parent.parent
-METHODS = {
-    "gan": ("CE+GAN", []),
-    "ce": ("CE only", ["loss.adversarial_weight=0"]),
-}
-"""Directory below the run -> (name in tables, what differs from the recipe)."""
+LAUNCH = Path(__file__).resolve().parent
+METHODS = {"exits": "CE+GAN", "exits_ce": "CE only"}
+"""Method in results.json -> what it is called on screen."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--ds_config",
+        type=Path,
+        default=LAUNCH.parent / "ds_configs" / "cpu.json",
+        metavar="FILE",
+        help="how training is distributed; default: %(default)s",
+    )
+    parser.add_argument("--num_gpus", type=int, default=1, help="processes that train; default: %(default)s")
+    add_recipe_arguments(parser)
+    arguments = parser.parse_intermixed_args()
+    with fail_clearly(parser):
+        recipe = load_recipe(arguments.config or str(LAUNCH / "recipes" / "quickstart.yaml"), arguments.overrides)
+        run(recipe, arguments.ds_config, arguments.num_gpus)
+
+
+def run(recipe: Recipe, ds_config: Path, num_processes: int) -> None:
+    """Do whatever of the five stages is not done yet, then print the table and the paths."""
+    started = time.perf_counter()
+    root = Path(recipe.run_dir)
+    _stage(1, f"data: {recipe.data.root}")
+    from free_dist.data import easyvqa
+
+    easyvqa.prepare(Path(recipe.data.root))
+    exports = {}
+    for number, (method, name) in enumerate(METHODS.items(), start=2):
+        weight = recipe.loss.adversarial_weight if method == "exits" else 0.0
+        part = replace(recipe, run_dir=str(root / method), loss=replace(recipe.loss, adversarial_weight=weight))
+        _stage(number, f"training exits after blocks {recipe.exits.exit_layers}: {name}")
+        exports[method], reused = train_once(
+            part, script=LAUNCH / "train.py", ds_config=ds_config, num_processes=num_processes
+        )
+        if reused:
+            print("reusing", exports[method])
+    _stage(4, "evaluation: quality, agreement and paired wall-clock")
+    from evaluate import run as evaluate
+
+    from free_dist.evaluation.report import terminal_table
+    from free_dist.evaluation.rows import best_row, read_results, tasks_of
+    from free_dist.monitor import log_pictures
+
+    stamp = root / "recipe.yaml"
+    results = root / "results.json"
+    if same_recipe(recipe, stamp) and results.is_file() and _older(exports.values(), results):
+        print("reusing", results)
+    else:
+        paths = evaluate(recipe, exports)
+        assert paths is not None
+        log_pictures(root / "evaluation", paths.plots)
+        save_recipe(recipe, stamp)
+    rows = read_results(results)
+    _stage(5, "result")
+    print(terminal_table(rows))
+    print()
+    for task in tasks_of(rows):
+        best = best_row(rows, task)
+        if best is None:
+            print(f"{task}: no threshold keeps 99% of the full model's quality")
+        else:
+            print(
+                f"{task}: {best.speed:.2f}x the faster of our full-depth decoder and Hugging Face generate, at "
+                f"{best.quality_ratio:.1%} of its quality ({METHODS[best.method]}, threshold {best.threshold:g}, n={best.n})"
+            )
+    print(f"\nresults       {results}\nreport        {root / 'report.md'}")
+    for picture in sorted(root.glob("*.png")):
+        print(f"plot          {picture}")
+    print(f"TensorBoard   {Path(sys.executable).parent / 'tensorboard'} --logdir {root}")
+    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+def _stage(number: int, title: str) -> None:
+    print(f"\n[{number}/5] {title}", flush=True)
+
+
+def _older(exports: Iterable[Path], results: Path) -> bool:
+    return all((export / EXPORT_MANIFEST).stat().st_mtime <= results.stat().st_mtime for export in exports)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,10 @@ EXIT_INTERRUPTED = 130
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--ds_config", required=True, metavar="FILE", help="how the run is distributed: DeepSpeed JSON with the sections "
+        "--ds_config",
+        required=True,
+        metavar="FILE",
+        help="how the run is distributed: DeepSpeed JSON with the sections "
         "backbone, exits and discriminators; see ds_configs/",
     )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by some launchers

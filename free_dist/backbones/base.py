@@ -62,11 +62,15 @@ class LayerCache:
         self.length = 0
         """Positions held, P."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append [B, H, T, D / H] keys and values; return views of everything held, [B, H, P + T, D / H]."""
         stop = self.length + key_states.shape[2]
         if stop > self.keys.shape[2]:
-            raise ValueError(f"cache holds {self.keys.shape[2]} positions, {stop} are needed: ask for a larger capacity")
+            raise ValueError(
+                f"cache holds {self.keys.shape[2]} positions, {stop} are needed: ask for a larger capacity"
+            )
         self.keys[:, :, self.length : stop] = key_states
         self.values[:, :, self.length : stop] = value_states
         self.length = stop

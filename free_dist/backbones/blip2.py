@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Blip2ForConditionalGeneration, BlipImage
 
 from free_dist.backbones.base import Backbone, BlockCall, LayerCache, TokenLayout, causal_mask
 from free_dist.backbones.opt_block import opt_block
+from free_dist.config import MissingFileError, UserError
 
 
 def call_opt_block(block: nn.Module, hidden: Tensor, cache: LayerCache | None) -> Tensor:
@@ -34,9 +35,13 @@ class Blip2Backbone(Backbone):
         super().__init__()
         text = model.config.text_config
         if text.model_type != "opt" or not text.do_layer_norm_before:
-            raise ValueError(f"Blip2Backbone runs a pre-norm OPT language model, this checkpoint has {text.model_type!r}")
+            raise UserError(
+                f"Blip2Backbone runs a pre-norm OPT language model, this checkpoint has {text.model_type!r}"
+            )
         if model.config.image_token_id is None:
-            raise ValueError("this BLIP-2 checkpoint has no image_token_index in config.json: it predates image placeholders")
+            raise UserError(
+                "this BLIP-2 checkpoint has no image_token_index in config.json: it predates image placeholders"
+            )
         self.model = model
         self.n_blocks = text.num_hidden_layers
         self.hidden_size = text.hidden_size
@@ -55,7 +60,9 @@ class Blip2Backbone(Backbone):
     def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Blip2Backbone:
         """Load a Hugging Face directory with all weights frozen, in ``dtype`` and evaluation mode."""
         if not (Path(directory) / "config.json").is_file():
-            raise FileNotFoundError(f"backbone.path: {directory} has no config.json; give a Hugging Face BLIP-2 directory")
+            raise MissingFileError(
+                f"backbone.path: {directory} has no config.json; give a Hugging Face BLIP-2 directory"
+            )
         model = Blip2ForConditionalGeneration.from_pretrained(directory, dtype=dtype, local_files_only=True)
         return cls(model.eval().requires_grad_(False))
 

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from free_dist.config import EMBEDDED_BACKBONE
+from free_dist.config import EMBEDDED_BACKBONE, UserError
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<image>")
 """OPT's first four ids, then the image placeholder."""
@@ -44,7 +44,9 @@ def resolve_backbone(path: str) -> Path:
     return Path(path)
 
 
-def new_model(*, width: int = 128, n_blocks: int = 16, n_heads: int = 4, seed: int = 0) -> Blip2ForConditionalGeneration:
+def new_model(
+    *, width: int = 128, n_blocks: int = 16, n_heads: int = 4, seed: int = 0
+) -> Blip2ForConditionalGeneration:
     """An untrained embedded backbone; tests make it smaller."""
     block = 12 * width * width + 13 * width
     vocab_size = int(HEAD_TO_BLOCK * block / width) // 8 * 8
@@ -102,12 +104,12 @@ def grown(shallow: Blip2ForConditionalGeneration, n_blocks: int) -> Blip2ForCond
     """A deeper copy: every decoder block becomes ``n_blocks / L`` successive ones, each with that share of its update.
 
     A deep model with a tiny vision tower stays on the question-only plateau for long; a shallow one leaves it within a few
-    hundred steps, and this carries over what it learnt.  Raises ValueError unless L divides ``n_blocks``.
+    hundred steps, and this carries over what it learnt.  Raises UserError unless L divides ``n_blocks``.
     """
     old = shallow.language_model.model.decoder.layers
     copies, rest = divmod(n_blocks, len(old))
     if rest or copies < 1:
-        raise ValueError(f"finetune.n_blocks={n_blocks}: not a multiple of the {len(old)} blocks of finetune.start")
+        raise UserError(f"finetune.n_blocks={n_blocks}: not a multiple of the {len(old)} blocks of finetune.start")
     text = shallow.config.text_config
     deep = new_model(width=text.hidden_size, n_blocks=n_blocks, n_heads=text.num_attention_heads)
     weights = {name: tensor for name, tensor in shallow.state_dict().items() if ".decoder.layers." not in name}

@@ -90,4 +90,3 @@ def _record(split: str, image_id: int, path: str, questions: list[tuple[str, str
         questions=tuple(questions),
         captions=captions_from_answers(questions),
     )
-

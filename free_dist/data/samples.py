@@ -21,12 +21,10 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from free_dist.backbones import TokenLayout
-from free_dist.config import DataConfig
+from free_dist.config import TASKS, DataConfig, UserError
 
 IGNORE = -100
 """Target of a position whose prediction is not trained or scored."""
-
-TASKS = ("vqa", "caption", "dialogue")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +107,9 @@ def training_samples(record: Record, task: str, config: DataConfig, rng: random.
         if not turns:
             return []
         return [
-            Sample(
-                key=record.key, task=task, image=record.image, turns=tuple(turns), references=(turns[-1].answer,)
-            )
+            Sample(key=record.key, task=task, image=record.image, turns=tuple(turns), references=(turns[-1].answer,))
         ]
-    raise ValueError(f"data.tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
+    raise UserError(f"data.tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
 def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sample]:
@@ -139,7 +135,7 @@ def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sa
         if not turns:
             return []
         return [Sample(key=record.key, task=task, image=record.image, turns=turns, references=(turns[-1].answer,))]
-    raise ValueError(f"evaluation.tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
+    raise UserError(f"evaluation.tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
 def _question_turn(question: str, answer: str, config: DataConfig) -> Turn:
@@ -150,7 +146,11 @@ class SampleEncoder:
     """Samples -> tensors, for one tokenizer, image processor and token layout."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor, layout: TokenLayout, max_length: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor,
+        layout: TokenLayout,
+        max_length: int,
     ) -> None:
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -158,7 +158,7 @@ class SampleEncoder:
         self.max_length = max_length
 
     def encode_text(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """Turns -> (ids, targets), both of length T; raises ValueError when they exceed the backbone's positions."""
+        """Turns -> (ids, targets), both of length T; raises UserError when they exceed the backbone's positions."""
         ids = self.encode_prompt(turns, opening_only=True)
         is_answer = [False] * len(ids)
         for i, turn in enumerate(turns):
@@ -220,6 +220,6 @@ class SampleEncoder:
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
-            raise ValueError(
+            raise UserError(
                 f"a row of {length} tokens exceeds the backbone's {self.max_length} positions: lower data.max_turns"
             )

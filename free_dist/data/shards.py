@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,13 +16,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from free_dist.atomic import write_atomically
+from free_dist.config import UserError
 from free_dist.data.samples import Record
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A split directory that cannot be read as it stands; the message names the file and what to do."""
 
 
@@ -83,7 +84,9 @@ def read_manifest(root: Path, split: str) -> Manifest:
     """The manifest of a split; raises ShardError if the split is missing, unfinished or of another schema."""
     path = root / split / MANIFEST
     if not path.is_file():
-        raise ShardError(f"data.root: {path} does not exist; make the shards with: python launch/prepare_data.py easyvqa")
+        raise ShardError(
+            f"data.root: {path} does not exist; make the shards with: python launch/prepare_data.py easyvqa"
+        )
     raw = json.loads(path.read_text())
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise ShardError(
@@ -99,7 +102,9 @@ def shard_paths(root: Path, split: str) -> list[str]:
     for shard in read_manifest(root, split).shards:
         path = root / split / shard.name
         if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise ShardError(f"{path} is missing or not of the {shard.bytes} bytes in its manifest; prepare the data again")
+            raise ShardError(
+                f"{path} is missing or not of the {shard.bytes} bytes in its manifest; prepare the data again"
+            )
         paths.append(str(path))
     return paths
 
@@ -118,16 +123,6 @@ def record_from_fields(fields: dict[str, bytes | str]) -> Record:
         questions=tuple((pair[0], pair[1]) for pair in content["questions"]),
         captions=tuple(content["captions"]),
     )
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write under a temporary name, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _write_shard(directory: Path, name: str, records: list[Record]) -> Shard:

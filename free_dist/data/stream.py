@@ -15,8 +15,8 @@ from pathlib import Path
 
 import webdataset as wds
 
-from free_dist.config import DataConfig
-from free_dist.data.samples import TASKS, Batch, Record, Sample, SampleEncoder, evaluation_samples, training_samples
+from free_dist.config import TASKS, DataConfig, UserError
+from free_dist.data.samples import Batch, Record, Sample, SampleEncoder, evaluation_samples, training_samples
 from free_dist.data.shards import record_from_fields, shard_paths
 
 
@@ -96,7 +96,7 @@ def _endless(config: DataConfig, task: str, seed: int) -> Iterator[Sample]:
             found = True
             yield sample
         if not found:
-            raise ValueError(f"data.tasks: no record of {config.root}/train has anything for task {task!r}")
+            raise UserError(f"data.tasks: no record of {config.root}/train has anything for task {task!r}")
 
 
 def _batched(samples: Iterator[Sample], rows: int) -> Iterator[list[Sample]]:

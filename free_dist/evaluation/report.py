@@ -6,7 +6,7 @@ Knows the columns of a row, and nothing of models or data.  Prints nothing: tabl
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ LEGEND = """\
 * **speed / full**, **speed / HF**: wall-clock ratio against our own full-depth decoder and against Hugging Face
   `generate` on the same model: end to end from pixels to tokens, same run, interleaved sample by sample, sums of times;
   in brackets a 95% bootstrap interval over samples. Above 1 is faster. What counts is the lower of the two.
+* Every row is scored on its own *n* samples; the Hugging Face rows have fewer. The row marked best was chosen on the
+  samples it is reported on: for a claim, choose the threshold on the calibration split.
 """
 
 
@@ -55,19 +57,21 @@ class ReportPaths:
     """Title -> PNG."""
 
 
-def write_report(rows: Sequence[Row], probes: Sequence[Probe], run_dir: str | Path) -> ReportPaths:
+def write_report(
+    rows: Sequence[Row], probes: Sequence[Probe], run_dir: str | Path, *, labels: Mapping[str, str] | None = None
+) -> ReportPaths:
     """Write ``results.json``, ``probes.json``, ``report.md`` and the plots to ``run_dir``, each file when complete.
 
-    ``probes`` may be empty; then there is no per-block picture.
+    ``probes`` may be empty; then there is no per-block picture.  ``labels`` maps methods and curves to words for legends.
     """
     directory = Path(run_dir)
     results = write_results(rows, directory)
     figures = {
-        "Speed and quality": plots.speed_quality(rows, directory / "speed_quality.png"),
-        "Where tokens leave": plots.exit_shares(rows, directory / "exit_shares.png"),
+        "Speed and quality": plots.speed_quality(rows, directory / "speed_quality.png", labels),
+        "Where tokens leave": plots.exit_shares(rows, directory / "exit_shares.png", labels),
     }
     if probes:
-        figures["Accuracy per block"] = plots.accuracy_per_block(probes, directory / "accuracy_per_block.png")
+        figures["Accuracy per block"] = plots.accuracy_per_block(probes, directory / "accuracy_per_block.png", labels)
         text = json.dumps([probe.to_json() for probe in probes], indent=1) + "\n"
         write_atomically(directory / "probes.json", text.encode())
     report = directory / "report.md"
@@ -86,7 +90,7 @@ def markdown_report(rows: Sequence[Row], probes: Sequence[Probe], figures: dict[
     for task in tasks_of(rows):
         best = best_row(rows, task)
         if best is None:
-            lines.append(f"- **{task}**: no threshold keeps 99% of the full model's quality.")
+            lines.append(f"- **{task}**: no threshold below 1 keeps 99% of the full model's quality.")
         else:
             lines.append(
                 f"- **{task}**: {best.speed:.2f}x the faster baseline at {best.quality_ratio:.1%} of the full model's "

@@ -91,13 +91,15 @@ class Row:
 def best_row(rows: Iterable[Row], task: str, min_quality_ratio: float = 0.99, method: str | None = None) -> Row | None:
     """The early-exit row of a task that is fastest, against the faster baseline, and keeps ``min_quality_ratio``.
 
-    ``method`` restricts it to one bank.  None when no row keeps enough.
+    ``method`` restricts it to one bank; thresholds from 1 up, which never exit, are not in the choice.  None when no
+    row keeps enough.
     """
     kept = [
         row
         for row in rows
         if row.task == task
-        and row.method not in BASELINES
+        and row.threshold is not None
+        and row.threshold < 1
         and (method is None or row.method == method)
         and row.quality_ratio >= min_quality_ratio
     ]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,9 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
+from free_dist.atomic import write_atomically
 from free_dist.backbones import Backbone
+from free_dist.config import MissingFileError, UserError
 from free_dist.exits.transformer import ExitBank
 
 FORMAT_VERSION = 1
@@ -26,7 +27,7 @@ WEIGHTS = "exits.safetensors"
 MANIFEST = "exits.json"
 
 
-class ExportError(ValueError):
+class ExportError(UserError):
     """An export that cannot be used as it stands; the message names the file and what to do."""
 
 
@@ -87,15 +88,15 @@ def save_exits(
     )
     content = json.dumps(asdict(manifest), indent=2, allow_nan=False).encode() + b"\n"
     Path(directory).mkdir(parents=True, exist_ok=True)
-    _write_atomically(Path(directory) / WEIGHTS, weights)
-    _write_atomically(Path(directory) / MANIFEST, content)
+    write_atomically(Path(directory) / WEIGHTS, weights)
+    write_atomically(Path(directory) / MANIFEST, content)
 
 
 def read_exits_manifest(directory: str | Path) -> ExitsManifest:
-    """What an export says about itself; raises FileNotFoundError or ExportError."""
+    """What an export says about itself; raises MissingFileError or ExportError."""
     path = Path(directory) / MANIFEST
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give the directory that save_exits wrote")
+        raise MissingFileError(f"{path} does not exist: give the directory that save_exits wrote")
     try:
         content = json.loads(path.read_text())
         manifest = ExitsManifest(**content)
@@ -114,12 +115,12 @@ def read_exits_manifest(directory: str | Path) -> ExitsManifest:
 def load_exits(backbone: Backbone, directory: str | Path) -> ExitBank:
     """An export on the backbone it was trained on -> its bank, frozen, in the backbone's type and device.
 
-    Raises FileNotFoundError for a missing file and ExportError for another backbone, a damaged file or wrong shapes.
+    Raises MissingFileError for a missing file and ExportError for another backbone, a damaged file or wrong shapes.
     """
     manifest = read_exits_manifest(directory)
     path = Path(directory) / WEIGHTS
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist although {MANIFEST} does: export the exits again")
+        raise MissingFileError(f"{path} does not exist although {MANIFEST} does: export the exits again")
     found = backbone_hash(backbone)
     if found != manifest.backbone_hash:
         raise ExportError(
@@ -144,12 +145,3 @@ def load_exits(backbone: Backbone, directory: str | Path) -> ExitBank:
     prefix = "transformers."
     bank.transformers.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
     return bank.eval().requires_grad_(False)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

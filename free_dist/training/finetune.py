@@ -66,7 +66,9 @@ def augment(batch: Batch, rng: random.Random) -> Batch:
     )
 
 
-def finetune(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Recipe, *, rank: int = 0, world_size: int = 1) -> None:
+def finetune(
+    backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Recipe, *, rank: int = 0, world_size: int = 1
+) -> None:
     """Train ``backbone`` in place; logs to ``run_dir/log.jsonl`` and saves ``run_dir/backbone`` at every evaluation.
 
     Raises FloatingPointError when the loss is not finite.

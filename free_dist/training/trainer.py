@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_dist.backbones import Backbone, Blip2Backbone
-from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
-from free_dist.backbones.embedded import resolve_backbone
+from free_dist.backbones import Backbone
 from free_dist.config import Recipe
+from free_dist.data.pretrained import load_pretrained
 from free_dist.data.samples import Sample, SampleEncoder
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.decoding.generate import generate
@@ -24,11 +23,9 @@ from free_dist.engines import Engines, build_engines, gathered
 from free_dist.exits import ExitBank, FeatureClassifiers
 from free_dist.exits.export import backbone_hash, save_exits
 from free_dist.monitor import Monitor
+from free_dist.training.runs import EXPORT
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.step import adversarial_step
-
-EXPORT = "export"
-"""Directory of the trained exits, below the run directory."""
 
 SHOWN_SAMPLES = 4
 """Samples per task whose generated text is logged."""
@@ -38,16 +35,6 @@ class Interrupted(Exception):
     """The run was asked to stop before its last step; what it had learnt was exported."""
 
 
-def load_backbone(recipe: Recipe) -> tuple[Blip2Backbone, SampleEncoder]:
-    """The recipe's frozen backbone in float32, and the encoder of its samples."""
-    directory = resolve_backbone(recipe.backbone.path)
-    backbone = Blip2Backbone.from_pretrained(directory)
-    encoder = SampleEncoder(
-        load_tokenizer(directory), load_image_processor(directory), backbone.layout, backbone.max_positions
-    )
-    return backbone, encoder
-
-
 def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) -> Path:
     """Train the recipe's exits inside a running process group; returns the export directory, complete on rank 0.
 
@@ -55,7 +42,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     """
     run_dir = Path(recipe.run_dir)
     seed_everything(recipe.training.seed)
-    backbone, encoder = load_backbone(recipe)
+    backbone, encoder = load_pretrained(recipe.backbone.path)
     frozen_hash = backbone_hash(backbone)
     bank = ExitBank(
         backbone,
@@ -69,7 +56,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
             len(bank.exit_layers), backbone.hidden_size, recipe.exits.discriminator_hidden_size
         )
     # A sharded backbone cannot decode alone on one rank; sample texts come from a replica.
-    decoder = load_backbone(recipe)[0] if world.is_main and recipe.training.sample_every else None
+    decoder = load_pretrained(recipe.backbone.path)[0] if world.is_main and recipe.training.sample_every else None
     steps = recipe.training.max_steps
     factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
     engines = build_engines(backbone, bank, classifiers, ds_config, factor)
@@ -121,9 +108,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     return export
 
 
-def _scalars(
-    report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: Engines, task: str
-) -> dict[str, float]:
+def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: Engines, task: str) -> dict[str, float]:
     """One step's report as named numbers, averaged over ranks; per-exit values get one name each."""
     names = {
         "task_loss": f"loss_{task}",
@@ -174,9 +159,7 @@ def _decoding_copy(bank: ExitBank, decoder: Backbone) -> ExitBank:
     return copy
 
 
-def _sample_row(
-    sample: Sample, decoder: Backbone, exits: ExitBank, encoder: SampleEncoder, recipe: Recipe
-) -> str:
+def _sample_row(sample: Sample, decoder: Backbone, exits: ExitBank, encoder: SampleEncoder, recipe: Recipe) -> str:
     parameter = next(decoder.parameters())
     pixels = encoder.encode_image(sample.image)[None].to(parameter.device, parameter.dtype)
     prompt = torch.tensor([encoder.encode_prompt(sample.turns)], device=parameter.device)

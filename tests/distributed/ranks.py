@@ -20,9 +20,16 @@ import torch
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["free_dist.engines", "free_dist.training.step", "free_dist.backbones.embedded"])
+_context.set_forkserver_preload(
+    [
+        "free_dist.training.step",
+        "free_dist.backbones.embedded",
+        # DeepSpeed imports it with the first optimizer, and it brings torch's compiler along: seconds for every rank.
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ]
+)
 
-TIMEOUT = 120
+TIMEOUT = 300
 """Seconds after which a rank counts as hung."""
 
 

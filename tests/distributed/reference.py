@@ -13,7 +13,10 @@ def reference_weights(*, steps: int, accumulation: int, mode: str) -> dict[str, 
     backbone, bank, classifiers = scene.modules()
     exit_parameters = list(bank.transformers.parameters())
     settings = {"lr": scene.OPTIMIZER["lr"], "betas": (0.9, 0.99), "weight_decay": 0.01, "eps": scene.OPTIMIZER["eps"]}
-    optimizers = [torch.optim.AdamW(exit_parameters, **settings), torch.optim.AdamW(classifiers.parameters(), **settings)]
+    optimizers = [
+        torch.optim.AdamW(exit_parameters, **settings),
+        torch.optim.AdamW(classifiers.parameters(), **settings),
+    ]
     for step in range(steps):
         g_total = d_total = 0.0
         for micro in range(accumulation):

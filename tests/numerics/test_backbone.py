@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -28,7 +30,9 @@ def inputs(backbone: Blip2Backbone) -> tuple[torch.Tensor, torch.Tensor]:
     return pixels, ids
 
 
-def reference(backbone: Blip2Backbone, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+def reference(
+    backbone: Blip2Backbone, pixels: torch.Tensor, ids: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     output = backbone.model(
         pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True
     )
@@ -48,7 +52,7 @@ def test_features_after_every_block_and_logits_equal_hugging_face(backbone, inpu
 def test_neighbouring_blocks_differ_more_than_the_tolerance(backbone, inputs) -> None:
     pixels, ids = inputs
     exits = backbone(pixels, torch.arange(3), ids, range(1, backbone.n_blocks)).exits
-    for earlier, later in zip(exits, exits[1:], strict=False):
+    for earlier, later in itertools.pairwise(exits):
         assert (earlier - later).abs().max() > 1e-2
 
 
@@ -67,9 +71,7 @@ def test_cached_blocks_equal_uncached(backbone, inputs, split: int) -> None:
     whole = backbone.run_blocks(backbone.embed(ids, prefix), 0, backbone.n_blocks)
     cache = backbone.new_cache(batch_size=3, capacity=ids.shape[1])
     hidden = backbone.embed(ids, prefix)
-    parts = [
-        backbone.run_blocks(part, 0, backbone.n_blocks, cache) for part in (hidden[:, :split], hidden[:, split:])
-    ]
+    parts = [backbone.run_blocks(part, 0, backbone.n_blocks, cache) for part in (hidden[:, :split], hidden[:, split:])]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
 
 

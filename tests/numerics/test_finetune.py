@@ -58,7 +58,10 @@ def test_augmentation_moves_pixels_and_nothing_else(tiny_root: Path, tiny_encode
     assert moved.pixel_values.shape == batch.pixel_values.shape
     assert not torch.equal(moved.pixel_values, batch.pixel_values)
     assert torch.equal(moved.input_ids, batch.input_ids) and torch.equal(moved.targets, batch.targets)
-    assert moved.pixel_values.amin() >= batch.pixel_values.amin() and moved.pixel_values.amax() <= batch.pixel_values.amax()
+    assert (
+        moved.pixel_values.amin() >= batch.pixel_values.amin()
+        and moved.pixel_values.amax() <= batch.pixel_values.amax()
+    )
 
 
 def test_schedule_warms_up_linearly_and_ends_at_zero() -> None:

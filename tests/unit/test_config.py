@@ -142,7 +142,7 @@ def test_malformed_yaml_is_told_clearly(tmp_path: Path, text: str, message: str)
 
 
 def test_missing_file_is_named() -> None:
-    with pytest.raises(ConfigError, match="absent.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
         load_recipe("absent.yaml")
 
 
@@ -242,7 +242,8 @@ def test_help_lists_every_field_with_type_default_and_docstring() -> None:
     listed = " ".join(recipe_help().split())
     for field in recipe_fields():
         assert field.doc, f"{field.name} has no docstring"
-        assert f"{field.name}: {field.wanted} = {field.default!r} {' '.join(field.doc.replace('``', chr(39)).split())}" in listed
+        doc = field.doc.replace("``", "'")
+        assert f"{field.name}: {field.wanted} = {field.default!r} {doc}" in listed
 
 
 def parser_with_recipe() -> argparse.ArgumentParser:

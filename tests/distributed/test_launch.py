@@ -1,0 +1,192 @@
+"""launch/train.py as users start it: python, deepspeed and torchrun, on real processes, with real logs and signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from free_dist.backbones import Blip2Backbone
+from free_dist.exits.export import backbone_hash, load_exits, read_exits_manifest
+from free_dist.training.finetune import save_backbone
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(sys.executable).parent
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, tiny_backbone, tiny_encoder, tiny_root) -> Path:
+    """A directory with a tiny backbone and one distribution file per number of processes, both for 16 rows a step."""
+    directory = tmp_path_factory.mktemp("launch")
+    save_backbone(tiny_backbone, tiny_encoder, directory / "backbone")
+    content = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
+    for processes in (1, 2):
+        for section in content.values():
+            section["train_micro_batch_size_per_gpu"] = 16 // processes
+        (directory / f"cpu{processes}.json").write_text(json.dumps(content))
+    return directory
+
+
+def overrides(workplace: Path, tiny_root: Path, name: str, **changes: object) -> list[str]:
+    values = {
+        "run_dir": workplace / name,
+        "backbone.path": workplace / "backbone",
+        "data.root": tiny_root,
+        "data.max_turns": 3,
+        "exits.exit_layers": "[1,3]",
+        "training.max_steps": STEPS,
+        "training.warmup_steps": 1,
+        "training.log_every": 1,
+        "training.sample_every": 2,
+        "decoding.max_new_tokens": 4,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join((str(SCRIPTS), os.environ["PATH"]))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def launch(command: list[object], timeout: int = 180) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in command],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def logged(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(workplace: Path, tiny_root: Path) -> dict[str, Path]:
+    starters: dict[str, list[object]] = {
+        "python": [sys.executable, "launch/train.py", "--ds_config", workplace / "cpu1.json"],
+        "deepspeed": [
+            SCRIPTS / "deepspeed", "--num_gpus", 2, "launch/train.py", "--ds_config", workplace / "cpu2.json",
+        ],
+        "torchrun": [
+            SCRIPTS / "torchrun", "--nproc_per_node", 2, "--master_port", 29611,
+            "launch/train.py", "--ds_config", workplace / "cpu2.json",
+        ],
+    }  # fmt: skip
+    for name, starter in starters.items():
+        finished = launch([*starter, *overrides(workplace, tiny_root, name)])
+        assert finished.returncode == 0, f"{name}:\n{finished.stdout}\n{finished.stderr}"
+    return {name: workplace / name for name in starters}
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_two_processes_log_the_losses_of_one_on_the_same_global_batches(runs, launcher: str) -> None:
+    one, two = logged(runs["python"]), logged(runs[launcher])
+    assert len(one) == len(two) == STEPS
+    for a, b in zip(one, two, strict=True):
+        names = [name for name in a if name.startswith(("loss_", "discriminator_", "token_accuracy", "grad_norm"))]
+        assert len(names) >= 10
+        for name in names:
+            assert b[name] == pytest.approx(a[name], rel=2e-4, abs=2e-5), (a["step"], name)
+        assert a["batch/answer_tokens"] == b["batch/answer_tokens"]
+
+
+def test_the_export_decodes_on_the_untouched_backbone(runs, workplace: Path, tiny_backbone) -> None:
+    backbone = Blip2Backbone.from_pretrained(workplace / "backbone")
+    assert backbone_hash(backbone) == backbone_hash(tiny_backbone)
+    for run_dir in runs.values():
+        assert read_exits_manifest(run_dir / "export").backbone_hash == backbone_hash(backbone)
+        assert load_exits(backbone, run_dir / "export").exit_layers == (1, 3)
+
+
+def test_tensorboard_shows_what_the_page_promises(runs) -> None:
+    accumulator = EventAccumulator(str(runs["deepspeed"] / "tensorboard"))
+    accumulator.Reload()
+    tags = set(accumulator.Tags()["scalars"])
+    for wanted in (
+        "loss_discriminator/exit_1",
+        "loss_generator/exit_3",
+        "discriminator_accuracy_real/exit_1",
+        "grad_norm/exits",
+        "grad_norm/discriminators",
+        "throughput/samples_per_second",
+        "throughput/tokens_per_second",
+        "memory/gib",
+        "learning_rate/exits",
+        "learning_rate/discriminators",
+    ):
+        assert wanted in tags
+    assert any(tag.startswith("agreement_with_full_") for tag in tags)
+    assert "samples/text_summary" in accumulator.Tags()["tensors"]
+
+
+def test_a_run_directory_is_never_overwritten(runs, workplace: Path, tiny_root: Path) -> None:
+    command = [sys.executable, "launch/train.py", "--ds_config", workplace / "cpu1.json"]
+    finished = launch([*command, *overrides(workplace, tiny_root, "python")])
+    assert finished.returncode == 2
+    assert "already holds a run" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_too_few_processes_are_told_in_one_line(workplace: Path, tiny_root: Path) -> None:
+    changes = overrides(workplace, tiny_root, "few", training__expected_world_size=2)
+    finished = launch([sys.executable, "launch/train.py", "--ds_config", workplace / "cpu1.json", *changes])
+    assert finished.returncode == 2
+    assert "--num_gpus 2" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_ctrl_c_exports_what_was_learnt_and_leaves_no_orphan(workplace: Path, tiny_root: Path) -> None:
+    changes = overrides(
+        workplace, tiny_root, "interrupted", training__max_steps=100_000, training__warmup_steps=1,
+        training__sample_every=0,
+    )  # fmt: skip
+    command = [SCRIPTS / "deepspeed", "--num_gpus", 2, "--master_port", 29617, "launch/train.py"]
+    command += ["--ds_config", workplace / "cpu2.json", *changes]
+    log = workplace / "interrupted" / "log.jsonl"
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,  # a terminal sends Ctrl-C to the whole foreground group; this makes one of our own
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+            assert time.monotonic() < deadline, "training did not start"
+            assert process.poll() is None, "training ended by itself"
+            time.sleep(0.2)
+        started = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(timeout=60)
+        deadline = time.monotonic() + 20
+        while any(_is_running(pid) for pid in started):
+            assert time.monotonic() < deadline, "a training process outlived Ctrl-C"
+            time.sleep(0.2)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert read_exits_manifest(workplace / "interrupted" / "export").exit_layers == (1, 3)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
