@@ -8,6 +8,8 @@ Shape letters: K exits, N answer positions, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -50,9 +52,10 @@ def distillation_loss(bank: ExitBank, features: Tensor, final: Tensor, temperatu
     return temperature**2 * _summed_over_chunks(chunk, features, final) / final.shape[0]
 
 
-def _summed_over_chunks(chunk, features: Tensor, other: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _summed_over_chunks(chunk: Callable[[Tensor, Tensor], Tensor], features: Tensor, other: Tensor) -> Tensor:
     # Logits are the largest tensor of a step; recomputing them in the backward pass keeps one chunk alive at a time.
     if other.shape[0] <= CHUNK:
         return chunk(features, other)
     parts = zip(features.split(CHUNK, dim=1), other.split(CHUNK), strict=True)
-    return torch.stack([checkpoint(chunk, part, rest, use_reentrant=False) for part, rest in parts]).sum(0)
+    sums: list[Tensor] = [checkpoint(chunk, part, rest, use_reentrant=False) for part, rest in parts]
+    return torch.stack(sums).sum(0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration, BlipImageProcessorPil, PreTrainedTokenizerBase
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from free_dist.backbones.base import Backbone, BlockCall, LayerCache, TokenLayout, causal_mask
 from free_dist.backbones.opt_block import opt_block
@@ -67,8 +68,10 @@ class Blip2Backbone(Backbone):
         return cls(model.eval().requires_grad_(False))
 
     @property
-    def _decoder(self) -> nn.Module:
-        return self.model.language_model.model.decoder
+    def _decoder(self) -> OPTDecoder:
+        decoder = self.model.language_model.model.decoder
+        assert isinstance(decoder, OPTDecoder)
+        return decoder
 
     def encode_prefix(self, pixel_values: Tensor) -> Tensor:
         image = self.model.vision_model(pixel_values=pixel_values).last_hidden_state

@@ -115,7 +115,8 @@ def record_from_fields(fields: dict[str, bytes | str]) -> Record:
     image = fields.get("png", fields.get("jpg"))
     text = fields.get("json")
     if not isinstance(image, bytes) or not isinstance(text, bytes):
-        raise ShardError(f"{fields.get('__url__')}: sample {key} lacks its image (png, jpg) or json member")
+        url = str(fields.get("__url__"))
+        raise ShardError(f"{url}: sample {key} lacks its image (png, jpg) or json member")
     content = json.loads(text)
     return Record(
         key=key,
