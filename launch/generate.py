@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from free_dist.config import EMBEDDED_BACKBONE
+from free_dist.config import EMBEDDED_BACKBONE, MissingFileError
+from free_dist.recipe_io import fail_clearly
 
 
 def main() -> None:
@@ -21,36 +22,31 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer, in tokens")
     arguments = parser.parse_args()
 
-    from free_dist.backbones import Blip2Backbone
-    from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
-    from free_dist.backbones.embedded import resolve_backbone
-    from free_dist.data.samples import SampleEncoder, Turn
+    from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.samples import Turn
     from free_dist.decoding import generate
     from free_dist.exits.export import load_exits, read_exits_manifest
 
-    directory = resolve_backbone(arguments.backbone)
-    try:
+    with fail_clearly(parser):
+        if not arguments.image.is_file():
+            raise MissingFileError(f"--image {arguments.image}: no such file")
         thresholds = (
             read_exits_manifest(arguments.exits).thresholds if arguments.threshold is None else arguments.threshold
         )
-        backbone = Blip2Backbone.from_pretrained(directory)
+        backbone, encoder = load_pretrained(arguments.backbone)
         bank = load_exits(backbone, arguments.exits)
-        tokenizer, image_processor = load_tokenizer(directory), load_image_processor(directory)
-        encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
         pixel_values = encoder.encode_image(arguments.image.read_bytes())[None]
         prompt_ids = encoder.encode_prompt([Turn(prompt=arguments.prompt, answer="")])
         result = generate(
             backbone, bank, pixel_values, prompt_ids, thresholds=thresholds, max_new_tokens=arguments.max_new_tokens
         )
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
 
     print(encoder.decode(result.tokens))
     print(f"\n{'token':<16}{'exit layer':>12}{'blocks':>8}{'confidence':>12}")
     for record in result.records:
         layer = "full" if record.exit_layer is None else str(record.exit_layer)
         confidence = "" if record.confidence is None else f"{record.confidence:.3f}"
-        print(f"{tokenizer.decode([record.token])!r:<16}{layer:>12}{record.blocks:>8}{confidence:>12}")
+        print(f"{encoder.tokenizer.decode([record.token])!r:<16}{layer:>12}{record.blocks:>8}{confidence:>12}")
     checks = f"{result.exit_calls} exit checks, {result.head_calls} heads"
     print(f"mean blocks {result.mean_blocks:.2f} of {result.n_blocks}; {checks}")
 

@@ -159,7 +159,7 @@ class SampleEncoder:
 
     def encode_text(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
         """Turns -> (ids, targets), both of length T; raises UserError when they exceed the backbone's positions."""
-        ids = self.encode_prompt(turns, opening_only=True)
+        ids = self._opening()
         is_answer = [False] * len(ids)
         for i, turn in enumerate(turns):
             prompt = self._ids(turn.prompt, first=i == 0)
@@ -170,11 +170,9 @@ class SampleEncoder:
         targets = [ids[t + 1] if is_answer[t + 1] else IGNORE for t in range(len(ids) - 1)] + [IGNORE]
         return ids, targets
 
-    def encode_prompt(self, turns: Sequence[Turn], *, opening_only: bool = False) -> list[int]:
+    def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids up to where the last turn's answer begins: what ``generate`` starts from."""
-        ids = [self.layout.image_token_id] * self.layout.num_query_tokens + [self.layout.bos_token_id]
-        if opening_only:
-            return ids
+        ids = self._opening()
         for i, turn in enumerate(turns):
             ids += self._ids(turn.prompt, first=i == 0)
             if i < len(turns) - 1:
@@ -213,6 +211,9 @@ class SampleEncoder:
             input_ids=input_ids,
             targets=targets,
         )
+
+    def _opening(self) -> list[int]:
+        return [self.layout.image_token_id] * self.layout.num_query_tokens + [self.layout.bos_token_id]
 
     def _ids(self, text: str, *, first: bool) -> list[int]:
         # Words carry their leading space in byte-level BPE; only the very first text of a row has none.

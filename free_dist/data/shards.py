@@ -87,7 +87,10 @@ def read_manifest(root: Path, split: str) -> Manifest:
         raise ShardError(
             f"data.root: {path} does not exist; make the shards with: python launch/prepare_data.py easyvqa"
         )
-    raw = json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ShardError(f"{path} is not JSON ({error}); remove the split and prepare the data again") from error
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise ShardError(
             f"{path}: schema version {raw.get('schema_version')!r}, this code reads {SCHEMA_VERSION}; prepare the data again"
