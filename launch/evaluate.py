@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--exits", type=Path, required=True, metavar="DIR", help="exits.safetensors and exits.json")
     parser.add_argument("--exits-ce", type=Path, metavar="DIR", help="exits trained without discriminators, to compare")
     add_recipe_arguments(parser)
-    arguments, _launcher_flags = parser.parse_known_intermixed_args()
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    arguments = parser.parse_intermixed_args()
     directories = {"exits": arguments.exits} | ({"exits_ce": arguments.exits_ce} if arguments.exits_ce else {})
     with fail_clearly(parser):
         recipe = load_recipe(arguments.config, arguments.overrides)
@@ -43,9 +44,18 @@ def main() -> None:
 
 
 def run(
-    recipe: Recipe, directories: dict[str, Path], *, rank: int = 0, world_size: int = 1, device: str = "cpu"
+    recipe: Recipe,
+    directories: dict[str, Path],
+    *,
+    labels: dict[str, str] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    device: str = "cpu",
 ) -> ReportPaths | None:
-    """Evaluate the exits in ``directories`` (method name -> export) and let rank 0 write the report."""
+    """Evaluate the exits in ``directories`` (method name -> export) and let rank 0 write the report.
+
+    ``labels``: method name -> what it is called in the plots' legends.
+    """
     from free_dist.data.pretrained import load_pretrained
     from free_dist.evaluation.evaluate import evaluate_exits
     from free_dist.evaluation.probe import probe_exits
@@ -58,7 +68,7 @@ def run(
     gather = _gather_over(world_size)
     rows = evaluate_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
     probes = probe_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
-    return write_report(rows, probes, recipe.run_dir) if rank == 0 else None
+    return write_report(rows, probes, recipe.run_dir, labels=labels) if rank == 0 else None
 
 
 def show(paths: ReportPaths) -> None:

@@ -26,6 +26,7 @@ def run(recipe: Recipe) -> None:
     from free_dist.data.samples import SampleEncoder
     from free_dist.data.stream import corpus
     from free_dist.training.finetune import finetune
+    from free_dist.training.vision import pretrain_vision
 
     start, n_blocks = recipe.finetune.start, recipe.finetune.n_blocks
     if start is None:
@@ -36,6 +37,8 @@ def run(recipe: Recipe) -> None:
         backbone = Blip2Backbone(grown(Blip2Backbone.from_pretrained(start).model, n_blocks))
         tokenizer, image_processor = load_tokenizer(start), load_image_processor(start)
     encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
+    if recipe.finetune.vision_steps:
+        pretrain_vision(backbone, encoder, recipe, steps=recipe.finetune.vision_steps)
     finetune(backbone, encoder, recipe)
     print(f"saved: {Path(recipe.run_dir) / 'backbone'}")
 

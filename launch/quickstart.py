@@ -70,7 +70,7 @@ def run(recipe: Recipe, ds_config: Path, num_processes: int) -> None:
     if same_recipe(recipe, stamp) and results.is_file() and _older(exports.values(), results):
         print("reusing", results)
     else:
-        paths = evaluate(recipe, exports)
+        paths = evaluate(recipe, exports, labels=METHODS)
         assert paths is not None
         log_pictures(root / "evaluation", paths.plots)
         save_recipe(recipe, stamp)

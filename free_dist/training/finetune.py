@@ -9,6 +9,7 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,23 +48,16 @@ def teacher_forced_accuracy(backbone: Blip2Backbone, batches: Iterator[Batch]) -
     return right / rows
 
 
-def augment(batch: Batch, rng: random.Random) -> Batch:
-    """Mirror and shift the batch's images at random, replicating the border."""
-    images = []
-    for image in batch.pixel_values:
+def augment_images(images: Tensor, rng: random.Random) -> Tensor:
+    """Mirror and shift images [I, 3, height, width] at random, replicating the border."""
+    moved = []
+    for image in images:
         flipped = image.flip(-1) if rng.random() < 0.5 else image
         dy, dx = rng.randint(-MAX_SHIFT, MAX_SHIFT), rng.randint(-MAX_SHIFT, MAX_SHIFT)
         padded = F.pad(flipped[None], [MAX_SHIFT] * 4, mode="replicate")[0]
         height, width = image.shape[-2:]
-        images.append(padded[:, MAX_SHIFT + dy :, MAX_SHIFT + dx :][:, :height, :width])
-    return Batch(
-        task=batch.task,
-        keys=batch.keys,
-        pixel_values=torch.stack(images),
-        image_index=batch.image_index,
-        input_ids=batch.input_ids,
-        targets=batch.targets,
-    )
+        moved.append(padded[:, MAX_SHIFT + dy :, MAX_SHIFT + dx :][:, :height, :width])
+    return torch.stack(moved)
 
 
 def finetune(
@@ -98,7 +92,8 @@ def finetune(
     started = time.perf_counter()
     log = open(run_dir / "log.jsonl", "w") if rank == 0 else None
     for step in tqdm(range(1, steps + 1), desc="stage 1", disable=rank != 0, mininterval=1.0):
-        batch = augment(next(batches), rng)
+        batch = next(batches)
+        batch = replace(batch, pixel_values=augment_images(batch.pixel_values, rng))
         loss = answer_loss(backbone, batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"stage 1: loss is {loss.item()} at step {step}: lower finetune.learning_rate")

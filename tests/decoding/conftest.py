@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -76,6 +77,13 @@ def bank(backbone: Blip2Backbone) -> ExitBank:
         for parameter in bank.transformers.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return bank.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def in_float64(backbone: Blip2Backbone, bank: ExitBank) -> tuple[Blip2Backbone, ExitBank]:
+    """The same backbone and exits in float64, where a wrong cache cannot pass for rounding."""
+    pair = copy.deepcopy((backbone, bank))  # together, so that the exits still share the norm and the head
+    return pair[0].double(), pair[1].double()
 
 
 @pytest.fixture(scope="session")

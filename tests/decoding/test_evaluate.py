@@ -100,6 +100,13 @@ def test_threshold_zero_leaves_at_the_first_exit_and_counts_its_transformer_as_a
         assert row.agreement < 1.0
 
 
+def test_arms_that_cannot_exit_run_for_the_first_bank_only(
+    lively_backbone: Blip2Backbone, bank: ExitBank, recipe: Recipe
+) -> None:
+    arms = standard_arms(lively_backbone, {"exits": bank, "exits_ce": bank}, recipe, n_samples=7)
+    assert [(arm.method, arm.threshold) for arm in arms[2:]] == [("exits", 0.0), ("exits", 1.1), ("exits_ce", 0.0)]
+
+
 def test_two_ranks_find_what_one_finds(
     lively_backbone: Blip2Backbone, tiny_encoder: SampleEncoder, bank: ExitBank, recipe: Recipe, rows: list[Row]
 ) -> None:

@@ -85,7 +85,9 @@ def global_reports(size: int) -> dict[str, torch.Tensor]:
 def test_two_processes_report_the_losses_of_one_process_on_the_same_global_batch():
     (one,) = run_ranks(1, global_reports, 1)
     two, other = run_ranks(2, global_reports, 2)
-    assert one["answer_tokens"] == 2 * two["answer_tokens"] == 30
+    tokens = [int((scene.batch(1, rank=rank, world_size=2).targets >= 0).sum()) for rank in (0, 1)]
+    assert one["answer_tokens"] == 2 * two["answer_tokens"] == sum(tokens)
+    assert tokens[0] != tokens[1], "equal shares would hide a wrong weighting"
     for name in one.keys() - {"answer_tokens"}:
         torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         assert torch.equal(two[name], other[name])

@@ -14,9 +14,10 @@ from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
 from free_dist.backbones.embedded import new_model
 from free_dist.config import DataConfig, FinetuneConfig, Recipe, TrainingConfig
 from free_dist.data.samples import SampleEncoder
-from free_dist.data.stream import training_batches
-from free_dist.training.finetune import answer_loss, augment, finetune
+from free_dist.data.stream import records, training_batches
+from free_dist.training.finetune import answer_loss, augment_images, finetune
 from free_dist.training.schedule import warmup_cosine
+from free_dist.training.vision import distinctive_answers, pretrain_vision
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +53,33 @@ def test_the_saved_directory_loads_back_as_the_same_frozen_model(run, tiny_root:
     torch.testing.assert_close(answer_loss(loaded, batch), answer_loss(backbone, batch), rtol=1e-6, atol=1e-6)
 
 
-def test_augmentation_moves_pixels_and_nothing_else(tiny_root: Path, tiny_encoder) -> None:
+def test_augmentation_moves_pixels_without_inventing_any(tiny_root: Path, tiny_encoder) -> None:
     batch = next(training_batches(DataConfig(root=str(tiny_root)), tiny_encoder, seed=0, micro_batch_size=8))
-    moved = augment(batch, random.Random(1))
-    assert moved.pixel_values.shape == batch.pixel_values.shape
-    assert not torch.equal(moved.pixel_values, batch.pixel_values)
-    assert torch.equal(moved.input_ids, batch.input_ids) and torch.equal(moved.targets, batch.targets)
-    assert (
-        moved.pixel_values.amin() >= batch.pixel_values.amin()
-        and moved.pixel_values.amax() <= batch.pixel_values.amax()
-    )
+    moved = augment_images(batch.pixel_values, random.Random(1))
+    assert moved.shape == batch.pixel_values.shape
+    assert not torch.equal(moved, batch.pixel_values)
+    for before, after in zip(batch.pixel_values, moved, strict=True):
+        assert set(after[0].unique().tolist()) <= set(before[0].unique().tolist())
+
+
+def test_vision_pretraining_lowers_the_loss_and_touches_the_vision_tower_alone(
+    tiny_root: Path, tiny_tokenizer, tiny_encoder
+) -> None:
+    backbone = Blip2Backbone(new_model(width=32, n_blocks=2, n_heads=2, seed=4).requires_grad_(False))
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    recipe = Recipe(data=DataConfig(root=str(tiny_root)), finetune=FinetuneConfig(batch_size=8, learning_rate=1e-3))
+    encoder = SampleEncoder(tiny_tokenizer, tiny_encoder.image_processor, backbone.layout, backbone.max_positions)
+    first = pretrain_vision(backbone, encoder, recipe, steps=1)
+    assert pretrain_vision(backbone, encoder, recipe, steps=25) < 0.8 * first
+    changed = {name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.startswith("model.vision_model.") for name in changed)
+
+
+def test_answers_common_to_most_images_are_not_labels(tiny_root: Path) -> None:
+    labels = distinctive_answers(iter(records(tiny_root, "train")))
+    assert {"circle", "rectangle", "triangle"} <= set(labels)
+    assert not {"yes", "no"} & set(labels)
 
 
 def test_schedule_warms_up_linearly_and_ends_at_zero() -> None:
