@@ -142,7 +142,7 @@ class FinetuneConfig:
     n_blocks: int = 16
     """Decoder blocks of the embedded backbone."""
     vision_steps: int = 0
-    """Steps that the vision tower trains alone first, on which answers belong to an image."""
+    """Steps that vision tower and Q-Former train first, without the language model, on which answers belong to an image."""
     start: str | None = None
     """Backbone directory to start from; a shallower one is grown to ``n_blocks``. None starts untrained."""
     learning_rate: float = 1e-3
@@ -289,7 +289,7 @@ def _check_training(training: TrainingConfig) -> None:
 def _check_decoding_and_evaluation(decoding: DecodingConfig, evaluation: EvaluationConfig) -> None:
     _positive("decoding.confidence_threshold", decoding.confidence_threshold)
     _at_least(1, "decoding.max_new_tokens", decoding.max_new_tokens)
-    _at_least(1, "evaluation.timing_samples", evaluation.timing_samples)
+    _at_least(0, "evaluation.timing_samples", evaluation.timing_samples)
     _at_least(0, "evaluation.max_samples", evaluation.max_samples)
     _one_of("evaluation.split", evaluation.split, ("calibration", "test"))
     for task in evaluation.tasks:

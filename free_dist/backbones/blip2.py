@@ -56,6 +56,9 @@ class Blip2Backbone(Backbone):
             pad_token_id=text.pad_token_id,
         )
         self._n_heads = text.num_attention_heads
+        # Looking a block up through five modules takes as long as a tenth of running it at batch 1.  A list is not
+        # registered, so the blocks still belong to the model alone.
+        self._blocks = list(self._decoder.layers)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Blip2Backbone:
@@ -74,10 +77,13 @@ class Blip2Backbone(Backbone):
         return decoder
 
     def encode_prefix(self, pixel_values: Tensor) -> Tensor:
-        image = self.model.vision_model(pixel_values=pixel_values).last_hidden_state
-        queries = self.model.query_tokens.expand(image.shape[0], -1, -1)
-        queries = self.model.qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
-        return self.model.language_projection(queries.to(image.dtype))
+        return self.prefix_from_patches(self.model.vision_model(pixel_values=pixel_values).last_hidden_state)
+
+    def prefix_from_patches(self, patches: Tensor) -> Tensor:
+        """The second half of :meth:`encode_prefix`: vision features [I, patches + 1, width] -> visual prefix [I, Q, D]."""
+        queries = self.model.query_tokens.expand(patches.shape[0], -1, -1)
+        queries = self.model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
+        return self.model.language_projection(queries.to(patches.dtype))
 
     def embed(self, input_ids: Tensor, prefix: Tensor | None = None, past_length: int = 0) -> Tensor:
         decoder = self._decoder
@@ -91,7 +97,7 @@ class Blip2Backbone(Backbone):
     def block(self, k: int) -> nn.Module:
         if not 1 <= k <= self.n_blocks:
             raise ValueError(f"block {k}: blocks are numbered 1 to {self.n_blocks}")
-        return self._decoder.layers[k - 1]
+        return self._blocks[k - 1]
 
     @property
     def block_call(self) -> BlockCall:

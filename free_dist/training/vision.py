@@ -1,15 +1,15 @@
-"""Before stage 1, for a vision tower that has seen nothing: learn which answers belong to an image.
+"""Before stage 1, for a visual path that has seen nothing: learn which answers belong to an image.
 
-Published BLIP-2 models start from a pretrained vision tower; the embedded one has none to start from, and through a language
-model that ignores the image a fresh tower learns colours but not shapes.  Knows images and answers; does not know questions,
-tokens, the Q-Former or the language model.
+Published BLIP-2 models start from a pretrained vision tower and train the Q-Former without the language model first.  The
+embedded one has nothing to start from, and through a language model that ignores the image the visual path learns colours but
+not shapes.  Knows images and answers; does not know questions, tokens or the language model.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -26,17 +26,23 @@ from free_dist.training.schedule import warmup_cosine
 
 
 def pretrain_vision(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Recipe, *, steps: int) -> float:
-    """Train the vision tower in place for ``steps`` steps of ``finetune.batch_size`` images.
+    """Train vision tower, Q-Former and projection in place for ``steps`` steps of ``finetune.batch_size`` images.
 
-    The loss is the cross entropy of a linear classifier on the mean patch feature to the image's answers, all equally likely;
-    the classifier is thrown away.  Returns the last loss.  Raises UserError when no answer tells one image from another.
+    Two linear classifiers, thrown away afterwards, predict the image's answers, all equally likely: one from the mean patch
+    feature, because the Q-Former alone passes on colours and never gets to shapes, one from the visual prefix.  The loss is
+    the sum of their cross entropies.  Returns the last loss.  Raises UserError when no answer tells one image from another.
     """
     settings, seed = recipe.finetune, recipe.training.seed
     labels = distinctive_answers(records(Path(recipe.data.root), "train"))
-    vision = backbone.model.vision_model.requires_grad_(True).train()
     torch.manual_seed(seed)
-    classifier = nn.Linear(backbone.model.config.vision_config.hidden_size, len(labels))
-    parameters = [*vision.parameters(), *classifier.parameters()]
+    from_patches = nn.Linear(backbone.model.config.vision_config.hidden_size, len(labels))
+    from_prefix = nn.Linear(backbone.layout.num_query_tokens * backbone.hidden_size, len(labels))
+    language_model = {id(parameter) for parameter in backbone.model.language_model.parameters()}
+    visual = [parameter for parameter in backbone.parameters() if id(parameter) not in language_model]
+    parameters = [*visual, *from_patches.parameters(), *from_prefix.parameters()]
+    for parameter in visual:
+        parameter.requires_grad_(True)
+    backbone.train()
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     factor = warmup_cosine(warmup_steps=max(1, steps // 10), max_steps=steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -45,19 +51,22 @@ def pretrain_vision(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Rec
     progress = tqdm(range(steps), desc="vision", mininterval=1.0)
     for _ in progress:
         images, targets = next(batches)
-        logits = classifier(vision(pixel_values=augment_images(images, rng)).last_hidden_state.mean(1))
-        loss = F.cross_entropy(logits, targets)
+        patches = backbone.model.vision_model(pixel_values=augment_images(images, rng)).last_hidden_state
+        prefix = backbone.prefix_from_patches(patches)
+        patch_loss = F.cross_entropy(from_patches(patches.mean(1)), targets)
+        prefix_loss = F.cross_entropy(from_prefix(prefix.flatten(1)), targets)
+        loss = patch_loss + prefix_loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    vision.eval()
+        progress.set_postfix(patches=f"{patch_loss.item():.3f}", prefix=f"{prefix_loss.item():.3f}", refresh=False)
+    backbone.eval()
     return loss.item()
 
 
-def distinctive_answers(all_records: Iterator[Record]) -> list[str]:
+def distinctive_answers(all_records: Iterable[Record]) -> list[str]:
     """Answers given for fewer than half of the images, sorted: the others (yes, no) tell nothing about an image."""
     images = 0
     counts: Counter[str] = Counter()

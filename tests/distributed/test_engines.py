@@ -147,23 +147,33 @@ def test_training_leaves_every_frozen_weight_untouched(watched):
     assert watched["unchanged"]
 
 
-def with_nan(size: int, stage: int, where: str) -> list[tuple[bool, bool, float]]:
+def spoil_backward(module: torch.nn.Module) -> Any:
+    """Make the next backward passes through a training ``module`` give NaN, while its output stays finite."""
+
+    def hook(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            output.register_hook(lambda gradient: gradient * float("nan"))
+
+    return module.register_forward_hook(hook)
+
+
+def with_nan(size: int, stage: int, where: str) -> list[Any]:
     rank = torch.distributed.get_rank()
     engines = scene.engines(scene.sections(stage=stage, accumulation=2, world_size=size))
-    seen = []
+    exits, discriminators = engines.exits.module, engines.discriminators.module
+    seen: list[Any] = []
     for step in range(3):
-        before = scene.gathered(engines.exits.module), scene.gathered(engines.discriminators.module)
-        handle = None
-        if step == 1 and rank == 1:
-            target = engines.exits.module.transformers[0].block.fc1.weight
-            if where == "discriminators":
-                target = engines.discriminators.module.weight_out
-            handle = target.register_hook(lambda gradient: gradient * float("nan"))
+        before = scene.gathered(exits), scene.gathered(discriminators)
         for micro in range(2):
+            bad = step == 1 and micro == 0 and rank == 1  # a micro-batch that only accumulates
+            handle = (
+                spoil_backward(discriminators if where == "discriminators" else exits.transformers[0]) if bad else None
+            )
             report = adversarial_step(engines, scene.batch(2 * step + micro, rank=rank, world_size=size), LOSS)
+            assert torch.isfinite(report["loss"])
             if handle is not None:
-                handle.remove()  # only the first, accumulating micro-batch is bad
-        after = scene.gathered(engines.exits.module), scene.gathered(engines.discriminators.module)
+                handle.remove()
+        after = scene.gathered(exits), scene.gathered(discriminators)
         moved = [any(not torch.equal(b[n], a[n]) for n in b) for b, a in zip(before, after, strict=True)]
         seen.append((*moved, report["stepped"].item()))
     return [*seen, engines.exits.lr_scheduler.last_epoch, engines.discriminators.lr_scheduler.last_epoch]

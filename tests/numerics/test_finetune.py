@@ -62,7 +62,7 @@ def test_augmentation_moves_pixels_without_inventing_any(tiny_root: Path, tiny_e
         assert set(after[0].unique().tolist()) <= set(before[0].unique().tolist())
 
 
-def test_vision_pretraining_lowers_the_loss_and_touches_the_vision_tower_alone(
+def test_vision_pretraining_lowers_the_loss_and_leaves_the_language_model_alone(
     tiny_root: Path, tiny_tokenizer, tiny_encoder
 ) -> None:
     backbone = Blip2Backbone(new_model(width=32, n_blocks=2, n_heads=2, seed=4).requires_grad_(False))
@@ -73,11 +73,11 @@ def test_vision_pretraining_lowers_the_loss_and_touches_the_vision_tower_alone(
     assert pretrain_vision(backbone, encoder, recipe, steps=25) < 0.8 * first
     changed = {name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
-    assert all(name.startswith("model.vision_model.") for name in changed)
+    assert not any(name.startswith("model.language_model.") for name in changed)
 
 
 def test_answers_common_to_most_images_are_not_labels(tiny_root: Path) -> None:
-    labels = distinctive_answers(iter(records(tiny_root, "train")))
+    labels = distinctive_answers(records(tiny_root, "train"))
     assert {"circle", "rectangle", "triangle"} <= set(labels)
     assert not {"yes", "no"} & set(labels)
 
