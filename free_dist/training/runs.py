@@ -54,6 +54,8 @@ def train_once(recipe: Recipe, *, script: Path, ds_config: Path, num_processes: 
     threads = max(1, (os.cpu_count() or 1) // num_processes)
     environment = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # The launcher otherwise looks for accelerators in turn and warns when it finds none.
+        **({} if shutil.which("nvidia-smi") else {"DS_ACCELERATOR": "cpu"}),
         "PATH": os.pathsep.join((str(scripts), os.environ.get("PATH", ""))),
     }
     finished = subprocess.run([str(word) for word in command], env=os.environ | environment, check=False)
