@@ -30,7 +30,7 @@ class Monitor:
 
     def __init__(self, run_dir: Path, *, total_steps: int, description: str, enabled: bool = True) -> None:
         self._enabled = enabled
-        self._tokens = self._samples = 0
+        self._samples = 0
         self._since = time.perf_counter()
         self._progress = tqdm(total=total_steps, desc=description, unit="step", disable=not enabled, mininterval=1.0)
         if enabled:
@@ -46,14 +46,13 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def advance(self, *, samples: int, tokens: int) -> None:
-        """Count one step of this many samples and tokens, over all ranks."""
+    def advance(self, *, samples: int) -> None:
+        """Count one step of this many samples, over all ranks."""
         self._samples += samples
-        self._tokens += tokens
         self._progress.update()
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Log named numbers, and the throughput and memory since the last call."""
+    def scalars(self, step: int, values: Mapping[str, float], *, tokens: int) -> None:
+        """Log named numbers, memory, and the throughput since the last call, in which ``tokens`` passed over all ranks."""
         if not self._enabled:
             return
         now = time.perf_counter()
@@ -62,10 +61,10 @@ class Monitor:
         if self._samples:
             everything |= {
                 "throughput/samples_per_second": self._samples / seconds,
-                "throughput/tokens_per_second": self._tokens / seconds,
+                "throughput/tokens_per_second": tokens / seconds,
             }
         everything["memory/gib"] = peak_memory_gib()
-        self._samples = self._tokens = 0
+        self._samples = 0
         self._since = now
         for name, value in everything.items():
             self._writer.add_scalar(name, value, step)

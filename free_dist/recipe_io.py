@@ -70,13 +70,13 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     write_atomically(Path(path), OmegaConf.to_yaml(OmegaConf.structured(recipe)).encode())
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, default: str = "built in") -> None:
     """Add ``--config FILE`` and the overrides to a launcher's parser, and the list of all fields below its ``--help``.
 
     Parse with ``parser.parse_intermixed_args()``, so that overrides may stand before and after flags.
     """
     parser.add_argument(
-        "--config", metavar="FILE", help="recipe YAML, such as those in launch/recipes; default: built in"
+        "--config", metavar="FILE", help=f"recipe YAML, such as those in launch/recipes; default: {default}"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="recipe fields to change, such as training.max_steps=100"

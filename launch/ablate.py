@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--num_gpus", type=int, default=1, help="processes that train; default: %(default)s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, default="launch/recipes/ablation.yaml")
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):
         recipe = load_recipe(arguments.config or LAUNCH / "recipes" / "ablation.yaml", arguments.overrides)
@@ -41,6 +41,8 @@ def main() -> None:
 
 def run(recipe: Recipe, seeds: list[int], ds_config: Path, num_processes: int) -> None:
     """Train methods x seeds, probe them all at once, write ``ablation.json`` and print the table."""
+    from free_dist.backbones.embedded import resolve_backbone
+
     exports: dict[str, Path] = {}
     for seed in seeds:
         for method, weight in (("CE+GAN", recipe.loss.adversarial_weight), ("CE only", 0.0)):
@@ -53,7 +55,11 @@ def run(recipe: Recipe, seeds: list[int], ds_config: Path, num_processes: int) -
             )
             print(f"\n{name}", flush=True)
             exports[name], _ = train_once(
-                part, script=LAUNCH / "train.py", ds_config=ds_config, num_processes=num_processes
+                part,
+                script=LAUNCH / "train.py",
+                ds_config=ds_config,
+                num_processes=num_processes,
+                backbone=resolve_backbone(recipe.backbone.path),
             )
 
     from free_dist.atomic import write_atomically

@@ -56,19 +56,27 @@ def run(
 
     ``labels``: method name -> what it is called in the plots' legends.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from free_dist.data.pretrained import load_pretrained
     from free_dist.evaluation.evaluate import evaluate_exits
     from free_dist.evaluation.probe import probe_exits
     from free_dist.evaluation.report import write_report
     from free_dist.exits.export import load_exits
+    from free_dist.monitor import log_pictures
 
+    disable_progress_bar()
     backbone, encoder = load_pretrained(recipe.backbone.path)
     banks = {method: load_exits(backbone, export).to(device) for method, export in directories.items()}
     backbone.to(device)
     gather = _gather_over(world_size)
     rows = evaluate_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
     probes = probe_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
-    return write_report(rows, probes, recipe.run_dir, labels=labels) if rank == 0 else None
+    if rank != 0:
+        return None
+    paths = write_report(rows, probes, recipe.run_dir, labels=labels)
+    log_pictures(Path(recipe.run_dir), paths.plots)
+    return paths
 
 
 def show(paths: ReportPaths) -> None:

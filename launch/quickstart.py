@@ -33,7 +33,7 @@ def main() -> None:
         help="how training is distributed; default: %(default)s",
     )
     parser.add_argument("--num_gpus", type=int, default=1, help="processes that train; default: %(default)s")
-    add_recipe_arguments(parser)
+    add_recipe_arguments(parser, default="launch/recipes/quickstart.yaml")
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):
         recipe = load_recipe(arguments.config or str(LAUNCH / "recipes" / "quickstart.yaml"), arguments.overrides)
@@ -45,6 +45,7 @@ def run(recipe: Recipe, ds_config: Path, num_processes: int) -> None:
     started = time.perf_counter()
     root = Path(recipe.run_dir)
     _stage(1, f"data: {recipe.data.root}")
+    from free_dist.backbones.embedded import resolve_backbone
     from free_dist.data import easyvqa
 
     easyvqa.prepare(Path(recipe.data.root))
@@ -52,9 +53,13 @@ def run(recipe: Recipe, ds_config: Path, num_processes: int) -> None:
     for number, (method, name) in enumerate(METHODS.items(), start=2):
         weight = recipe.loss.adversarial_weight if method == "exits" else 0.0
         part = replace(recipe, run_dir=str(root / method), loss=replace(recipe.loss, adversarial_weight=weight))
-        _stage(number, f"training exits after blocks {recipe.exits.exit_layers}: {name}")
+        _stage(number, f"training exits after blocks {recipe.exits.exit_layers}: {name} (starting takes half a minute)")
         exports[method], reused = train_once(
-            part, script=LAUNCH / "train.py", ds_config=ds_config, num_processes=num_processes
+            part,
+            script=LAUNCH / "train.py",
+            ds_config=ds_config,
+            num_processes=num_processes,
+            backbone=resolve_backbone(recipe.backbone.path),
         )
         if reused:
             print("reusing", exports[method])
@@ -63,30 +68,30 @@ def run(recipe: Recipe, ds_config: Path, num_processes: int) -> None:
 
     from free_dist.evaluation.report import terminal_table
     from free_dist.evaluation.rows import best_row, read_results, tasks_of
-    from free_dist.monitor import log_pictures
 
     stamp = root / "recipe.yaml"
     results = root / "results.json"
     if same_recipe(recipe, stamp) and results.is_file() and _older(exports.values(), results):
         print("reusing", results)
     else:
-        paths = evaluate(recipe, exports, labels=METHODS)
-        assert paths is not None
-        log_pictures(root / "evaluation", paths.plots)
+        evaluate(recipe, exports, labels=METHODS)
         save_recipe(recipe, stamp)
     rows = read_results(results)
     _stage(5, "result")
     print(terminal_table(rows))
-    print()
+    print("\n" + ", ".join(f"{method}: {name}" for method, name in METHODS.items()) + "\n")
     for task in tasks_of(rows):
         best = best_row(rows, task)
         if best is None:
             print(f"{task}: no threshold keeps 99% of the full model's quality")
         else:
+            low, high = best.extras["wall_ratio_interval"]
             print(
-                f"{task}: {best.speed:.2f}x the faster of our full-depth decoder and Hugging Face generate, at "
-                f"{best.quality_ratio:.1%} of its quality ({METHODS[best.method]}, threshold {best.threshold:g}, n={best.n})"
+                f"{task}: {best.speed:.2f} times as fast as the faster of our full-depth decoder [{low:.2f}, {high:.2f}] and "
+                f"Hugging Face generate, at {best.quality_ratio:.1%} of the full model's quality ({METHODS[best.method]}, "
+                f"threshold {best.threshold:g}, n={best.n})"
             )
+    print("Each threshold was chosen on the samples it is reported on; brackets are 95% intervals.")
     print(f"\nresults       {results}\nreport        {root / 'report.md'}")
     for picture in sorted(root.glob("*.png")):
         print(f"plot          {picture}")

@@ -12,11 +12,12 @@ Without a GPU the deepspeed launcher starts one process unless --num_gpus names 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
-from free_dist.config import Recipe, UserError
-from free_dist.ds_config import read_ds_config
+from free_dist.config import DataConfig, Recipe, UserError
+from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
 
 EXIT_INTERRUPTED = 130
@@ -42,18 +43,33 @@ def main() -> None:
 
 def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Path) -> int:
     """Train as the recipe says; returns the exit code."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported, which warns without it
     from free_dist.atomic import write_atomically
+    from free_dist.data import easyvqa
     from free_dist.distributed import distributed_session
     from free_dist.training.trainer import Interrupted, train
 
+    disable_progress_bar()
     run_dir = Path(recipe.run_dir)
     if (run_dir / "log.jsonl").exists():
         raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir or remove it")
     with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
         if world.is_main:
+            rows = micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * world.size
+            print(
+                f"{world.size} process(es) on {world.device.type}, {rows} rows per step; more with --num_gpus",
+                flush=True,
+            )
+            if recipe.data.root == DataConfig().root:
+                easyvqa.prepare(Path(recipe.data.root))
             run_dir.mkdir(parents=True, exist_ok=True)
             save_recipe(recipe, run_dir / "recipe.yaml")
             write_atomically(run_dir / "ds_config.json", ds_config_path.read_bytes())
+        torch.distributed.barrier()  # the other ranks read the data that rank 0 has just prepared
         try:
             export = train(recipe, ds_config, world)
         except Interrupted as stop:
@@ -61,7 +77,7 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
                 print(f"\n{stop}")
             return EXIT_INTERRUPTED
         if world.is_main:
-            print(f"exits: {export}\nTensorBoard: tensorboard --logdir {run_dir}")
+            print(f"exits in {export}, curves for TensorBoard in {run_dir}")
     return 0
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone
-from free_dist.config import Recipe
+from free_dist.backbones.embedded import resolve_backbone
+from free_dist.config import ConfigError, Recipe
 from free_dist.data.pretrained import load_pretrained
-from free_dist.data.samples import Sample, SampleEncoder
+from free_dist.data.samples import Batch, Sample, SampleEncoder
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.decoding.generate import generate
 from free_dist.distributed import StopFlag, World, all_reduce_mean, all_reduce_sum, seed_everything
@@ -23,7 +24,7 @@ from free_dist.engines import Engines, build_engines, gathered
 from free_dist.exits import ExitBank, FeatureClassifiers
 from free_dist.exits.export import backbone_hash, save_exits
 from free_dist.monitor import Monitor
-from free_dist.training.runs import EXPORT
+from free_dist.training.runs import EXPORT, file_hash, provenance
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.step import adversarial_step
 
@@ -43,6 +44,11 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     run_dir = Path(recipe.run_dir)
     seed_everything(recipe.training.seed)
     backbone, encoder = load_pretrained(recipe.backbone.path)
+    if backbone.layout.num_query_tokens + recipe.decoding.max_new_tokens >= backbone.max_positions:
+        raise ConfigError(
+            f"decoding.max_new_tokens={recipe.decoding.max_new_tokens}: the backbone has {backbone.max_positions} positions, "
+            f"{backbone.layout.num_query_tokens} of them for the image"
+        )
     frozen_hash = backbone_hash(backbone)
     bank = ExitBank(
         backbone,
@@ -60,6 +66,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     steps = recipe.training.max_steps
     factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
     engines = build_engines(backbone, bank, classifiers, ds_config, factor)
+    engines.exits.train()  # the blocks were copied from a model in evaluation mode
     accumulation = gradient_accumulation_steps(ds_config)
     batches = training_batches(
         recipe.data,
@@ -73,19 +80,20 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     stopped = False
     with (
         StopFlag(world.device) as stop,
-        Monitor(run_dir, total_steps=steps, description=recipe.loss.mode, enabled=world.is_main) as monitor,
+        Monitor(run_dir, total_steps=steps, description="training exits", enabled=world.is_main) as monitor,
     ):
+        tokens = torch.zeros((), dtype=torch.long, device=world.device)
         for step in range(1, steps + 1):
             measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
-            rows, tokens = 0, 0
             for _ in range(accumulation):
                 batch = next(batches).to(world.device)
                 report = adversarial_step(engines, batch, recipe.loss, measure=measure)
-                rows += len(batch.keys) * world.size
-                tokens += batch.input_ids.numel() * world.size
-            monitor.advance(samples=rows, tokens=tokens)
+                tokens += _text_tokens(batch, encoder)
+            monitor.advance(samples=micro_batch_size(ds_config) * accumulation * world.size)
             if measure:
-                monitor.scalars(step, _scalars(report, bank.exit_layers, engines, batch.task))
+                values = _scalars(report, bank.exit_layers, engines, batch.task)
+                monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
+                tokens.zero_()
             if recipe.training.sample_every and step % recipe.training.sample_every == 0:
                 with gathered(engines.exits):
                     if decoder is not None:
@@ -100,12 +108,25 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
                 bank,
                 export,
                 backbone_hash=frozen_hash,
-                thresholds=[recipe.decoding.confidence_threshold] * len(bank.exit_layers),
-                extra={"backbone": recipe.backbone.path, "steps": step, "loss": vars(recipe.loss)},
+                thresholds=recipe.decoding.confidence_threshold,
+                extra={
+                    "backbone": recipe.backbone.path,
+                    "backbone_files_sha256": file_hash(resolve_backbone(recipe.backbone.path)),
+                    "steps": step,
+                    "loss": vars(recipe.loss),
+                    "thresholds": "decoding.confidence_threshold of the recipe; not calibrated",
+                    **provenance(),
+                },
             )
     if stopped:
         raise Interrupted(f"stopped after step {step} of {steps}; exits exported to {export}")
     return export
+
+
+def _text_tokens(batch: Batch, encoder: SampleEncoder) -> Tensor:
+    """Tokens of text in a batch, scalar: neither padding nor image placeholders."""
+    ids = batch.input_ids
+    return ((ids != encoder.layout.pad_token_id) & (ids != encoder.layout.image_token_id)).sum()
 
 
 def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: Engines, task: str) -> dict[str, float]:
@@ -142,13 +163,10 @@ def _log_samples(
 ) -> None:
     """Generate a few calibration samples with the exits as they are, and log question, answer and exits as a table."""
     lines = ["| task | prompt | expected | generated | exit after block |", "|---|---|---|---|---|"]
-    was_training = bank.training
-    bank.eval()
     exits = _decoding_copy(bank, decoder)
     for task in recipe.data.tasks:
         for sample in split_samples(recipe.data, "calibration", task, max_samples=SHOWN_SAMPLES):
             lines.append(_sample_row(sample, decoder, exits, encoder, recipe))
-    bank.train(was_training)
     monitor.text(step, "samples", "\n".join(lines))
 
 
