@@ -67,8 +67,8 @@ class DataConfig:
 class ExitsConfig:
     """Where the exits are and what they are made of."""
 
-    exit_layers: list[int] = field(default_factory=lambda: [3, 6, 10])
-    """``k`` means an exit after block ``k``; 1-based, strictly increasing, below the number of blocks."""
+    exit_layers: list[int] = field(default_factory=lambda: [2, 4, 7])
+    """``k`` means an exit after block ``k``; 1-based, strictly increasing, at most the number of blocks."""
     init: str = "next"
     """Block an exit transformer is copied from: ``same`` (block k), ``next`` (block k+1) or ``last`` (block L)."""
     discriminator_hidden_size: int = 256
@@ -148,9 +148,9 @@ class FinetuneConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.05
-    """AdamW weight decay, on matrices only."""
+    """AdamW weight decay; of the decoder's matrices, not of its biases and norms."""
     batch_size: int = 64
-    """Rows per optimizer step, over all ranks."""
+    """Rows per optimizer step."""
     grad_clip: float = 1.0
     """Gradient norm limit."""
     eval_every: int = 500

@@ -102,7 +102,8 @@ def gradient_accumulation_steps(ds_config: dict[str, dict[str, Any]]) -> int:
 
 def zero_stage(section: dict[str, Any]) -> int:
     """ZeRO stage of a section; DeepSpeed's default is 0."""
-    return int(section.get("zero_optimization", {}).get("stage", 0))
+    stage: int = section.get("zero_optimization", {}).get("stage", 0)
+    return stage
 
 
 def precision(section: dict[str, Any]) -> str:
@@ -126,6 +127,7 @@ def _sections(content: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
         isinstance(value, dict) and "train_micro_batch_size_per_gpu" in value for value in content.values()
     )
     if not looks_sectioned:
+        _check_types(content, str(path))
         backbone = {key: value for key, value in content.items() if key not in ("optimizer", "gradient_clipping")}
         if zero_stage(backbone) != 3:
             backbone["zero_optimization"] = {"stage": 0}
@@ -148,14 +150,12 @@ def _check_section(section: dict[str, Any], name: str, path: Path) -> None:
             raise UserError(f"{where}: {key!r} is not allowed: {REFUSED_KEYS[key]}")
         if key not in KNOWN_KEYS:
             raise UserError(f"{where}: unknown key {key!r}{_nearest(key, KNOWN_KEYS)}")
-    for key in ("optimizer", "zero_optimization", "bf16"):
-        if not isinstance(section.get(key, {}), dict):
-            raise UserError(f"{where}: {key!r} must be an object")
+    _check_types(section, where)
     for key, default in (("train_micro_batch_size_per_gpu", None), ("gradient_accumulation_steps", 1)):
         value = section.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: {key!r} must be a positive integer, not {value!r}")
-    stage = section.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(section)
     if name in TRAINED_SECTIONS:
         if not isinstance(section.get("optimizer", {}).get("type"), str):
             raise UserError(f"{where}: 'optimizer' with a 'type' is required, for example AdamW")
@@ -168,6 +168,22 @@ def _check_section(section: dict[str, Any], name: str, path: Path) -> None:
             raise UserError(f"{where}: the backbone is frozen and takes no 'optimizer'")
         if stage not in (0, 3):
             raise UserError(f"{where}: zero_optimization.stage must be 0 (replicated) or 3 (sharded), not {stage!r}")
+
+
+def _check_types(section: dict[str, Any], where: str) -> None:
+    # Before anything looks inside these objects: the accessors above take their types for granted.
+    for key in ("optimizer", "zero_optimization", "bf16"):
+        if not isinstance(section.get(key, {}), dict):
+            raise UserError(f"{where}: {key!r} must be an object, not {section[key]!r}")
+    stage = section.get("zero_optimization", {}).get("stage", 0)
+    if not isinstance(stage, int) or isinstance(stage, bool):
+        raise UserError(f"{where}: zero_optimization.stage must be an integer, not {stage!r}")
+    enabled = section.get("bf16", {}).get("enabled", False)
+    if not isinstance(enabled, bool):
+        raise UserError(f"{where}: bf16.enabled must be true or false, not {enabled!r}")
+    params = section.get("optimizer", {}).get("params", {})
+    if not isinstance(params, dict):
+        raise UserError(f"{where}: optimizer.params must be an object, not {params!r}")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_set_full_grad
 from torch import Tensor, nn
 
+from free_dist.config import UserError
 from free_dist.distributed import all_true
-from free_dist.ds_config import needs_frozen_copy, precision, read_ds_config, zero_stage
+from free_dist.ds_config import needs_frozen_copy, precision, zero_stage
 
-__all__ = ["Engines", "build_engines", "frozen", "gathered", "joint_step", "needs_frozen_copy", "read_ds_config"]
+__all__ = ["Engines", "build_engines", "frozen", "gathered", "joint_step"]
 
 
 @dataclass(kw_only=True)
@@ -80,9 +81,10 @@ def build_engines(
 ) -> Engines:
     """Wrap the three modules, in place, inside a running process group.
 
-    ``ds_config`` comes from :func:`read_ds_config`; ``schedule_factor`` maps an optimizer step to a factor on each section's
-    learning rate.  ``classifiers`` None builds no discriminators.  The bank must own copies of the shared modules when
-    :func:`needs_frozen_copy` says so.  Raises ValueError otherwise, or for an optimizer that would be compiled on CPU.
+    ``ds_config`` comes from :func:`~free_dist.ds_config.read_ds_config`; ``schedule_factor`` maps an optimizer step to a
+    factor on each section's learning rate.  ``classifiers`` None builds no discriminators.  The bank must own copies of
+    the shared modules when :func:`~free_dist.ds_config.needs_frozen_copy` says so.  Raises ValueError otherwise,
+    UserError for an optimizer that would be compiled on CPU.
     """
     if needs_frozen_copy(ds_config) and _shares_parameters(backbone, bank):
         raise ValueError(
@@ -166,7 +168,7 @@ def _trained_engine(
     kind = section["optimizer"]["type"].lower()
     on_cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
     if on_cpu and kind in ("adam", "adamw") and not section["optimizer"].get("params", {}).get("torch_adam", False):
-        raise ValueError(
+        raise UserError(
             f"--ds_config, section {name!r}: on CPU DeepSpeed would compile its own {kind}; "
             'add "torch_adam": true to optimizer.params'
         )

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Stage 1: train the embedded backbone on task data and save it as a Hugging Face directory."""
+"""Stage 1: train the embedded backbone on task data and save it as a Hugging Face directory.  One process."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from free_dist.config import Recipe
-from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.config import Recipe, UserError
+from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
 
 
 def main() -> None:
@@ -19,7 +19,11 @@ def main() -> None:
 
 
 def run(recipe: Recipe) -> None:
-    """Train a new embedded backbone as the recipe says."""
+    """Train a new embedded backbone as the recipe says; raises UserError if ``run_dir`` already holds a run."""
+    run_dir = Path(recipe.run_dir)
+    if (run_dir / "log.jsonl").exists():
+        raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir or remove it")
+
     from free_dist.backbones import Blip2Backbone
     from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
     from free_dist.backbones.embedded import grown, new_image_processor, new_model, train_tokenizer
@@ -36,11 +40,13 @@ def run(recipe: Recipe) -> None:
     else:
         backbone = Blip2Backbone(grown(Blip2Backbone.from_pretrained(start).model, n_blocks))
         tokenizer, image_processor = load_tokenizer(start), load_image_processor(start)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, run_dir / "recipe.yaml")
     encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
     if recipe.finetune.vision_steps:
         pretrain_vision(backbone, encoder, recipe, steps=recipe.finetune.vision_steps)
     finetune(backbone, encoder, recipe)
-    print(f"saved: {Path(recipe.run_dir) / 'backbone'}")
+    print(f"saved: {run_dir / 'backbone'}")
 
 
 if __name__ == "__main__":

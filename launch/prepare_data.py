@@ -8,15 +8,13 @@ from pathlib import Path
 
 from free_dist.recipe_io import fail_clearly
 
-EPILOG = """A split that is already finished is kept as it is; delete its directory to make it again."""
+EPILOG = """A finished split is kept if its shards match the checksums in its manifest, and made again otherwise."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
     parser.add_argument("dataset", choices=["easyvqa"], help="data set to convert; easyvqa comes from its PyPI package")
-    parser.add_argument("--out", type=Path, default=None, help="directory to write; data/DATASET if not given")
+    parser.add_argument("--out", type=Path, default=None, help="directory to write (default: data/DATASET)")
     arguments = parser.parse_args()
     with fail_clearly(parser):
         convert(arguments.dataset, arguments.out or Path("data") / arguments.dataset)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from free_dist.data.samples import Record
-from free_dist.data.shards import MANIFEST, Manifest, read_manifest, write_split
+from free_dist.data.shards import Manifest, is_intact, read_manifest, write_split
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -22,10 +22,10 @@ _NEGATED = re.compile(r"\b(not|no)\b")
 
 
 def prepare(root: Path) -> list[Manifest]:
-    """Write the train, calibration and test splits under ``root``; finished splits are kept as they are."""
+    """Write the train, calibration and test splits under ``root``; an intact split is kept, a damaged one made again."""
     manifests = []
     for split in ("train", "calibration", "test"):
-        if (root / split / MANIFEST).is_file():
+        if is_intact(root, split):
             manifests.append(read_manifest(root, split))
             continue
         image_ids, paths, questions = _published(split)

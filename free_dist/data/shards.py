@@ -62,6 +62,7 @@ def write_split(
     """
     directory = root / split
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)  # a split that is being rewritten is not finished
     shards: list[Shard] = []
     pending: list[Record] = []
 
@@ -110,6 +111,18 @@ def shard_paths(root: Path, split: str) -> list[str]:
             )
         paths.append(str(path))
     return paths
+
+
+def is_intact(root: Path, split: str) -> bool:
+    """Whether a split is finished and every shard has the bytes its manifest promises; reads all of them."""
+    try:
+        paths, manifest = shard_paths(root, split), read_manifest(root, split)
+    except ShardError:
+        return False
+    return all(
+        hashlib.sha256(Path(path).read_bytes()).hexdigest() == shard.sha256
+        for path, shard in zip(paths, manifest.shards, strict=True)
+    )
 
 
 def record_from_fields(fields: dict[str, bytes | str]) -> Record:

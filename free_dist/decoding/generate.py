@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone
+from free_dist.config import UserError
 from free_dist.decoding.cache import PendingCache
 from free_dist.decoding.policy import ExitPolicy, MaxProbPolicy
 from free_dist.exits import ExitBank
@@ -69,8 +70,8 @@ class GenerationResult:
         return [record.blocks for record in self.records]
 
     @property
-    def mean_blocks(self) -> float:
-        """Backbone blocks executed per token."""
+    def mean_backbone_blocks(self) -> float:
+        """Backbone blocks executed per token; exit transformers are not included."""
         return sum(self.blocks_executed) / len(self.records)
 
     @property
@@ -138,8 +139,9 @@ def generate(
 
     Without a bank, or with every threshold at 1 or above, this is the full model: the tokens of Hugging Face's greedy
     ``generate``.  ``thresholds`` is one confidence threshold, one per exit, or a policy; it must be given with a bank.
-    ``eos`` ends the answer (None: the backbone's own; a negative id: never).  Raises ValueError for a batch, a missing
-    threshold, exits that do not fit the backbone, blocks in training mode, or more positions than the backbone has.
+    ``eos`` ends the answer (None: the backbone's own; a negative id: never).  Raises UserError for
+    unusable thresholds, ``max_new_tokens`` below 1 or more positions than the backbone has; plain ValueError for a batch,
+    a missing threshold, exits that do not fit the backbone, or blocks in training mode.
     """
     device = pixel_values.device
     ids = prompt_ids if isinstance(prompt_ids, Tensor) else torch.tensor([list(prompt_ids)], device=device)
@@ -149,10 +151,10 @@ def generate(
             f"got {list(pixel_values.shape)} and {list(ids.shape)}"
         )
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: want at least 1")
+        raise UserError(f"max_new_tokens={max_new_tokens}: want at least 1")
     capacity = ids.shape[1] + max_new_tokens - 1  # the last token is never read
     if capacity > backbone.max_positions:
-        raise ValueError(
+        raise UserError(
             f"a prompt of {ids.shape[1]} positions and max_new_tokens={max_new_tokens} exceed the backbone's "
             f"{backbone.max_positions} positions; lower max_new_tokens or shorten the prompt"
         )
@@ -181,7 +183,10 @@ def _policy(backbone: Backbone, bank: ExitBank, thresholds: float | Sequence[flo
     if thresholds is None:
         raise ValueError("thresholds: give one for all exits, one per exit, or a policy (1 or more never exits)")
     if isinstance(thresholds, (int, float, Sequence)):
-        return MaxProbPolicy(thresholds, len(bank.exit_layers))
+        try:
+            return MaxProbPolicy(thresholds, len(bank.exit_layers))
+        except ValueError as error:
+            raise UserError(str(error)) from error
     return thresholds
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from free_dist.config import UserError
+
 CAPTION_TOKENIZER = "ptb-like"
 """Label of the tokenisation behind caption scores, stored with them."""
 
@@ -37,6 +39,10 @@ _PTB_DROPPED = frozenset(
     ["''", "'", "``", "`", '"', ".", "?", "!", ",", ":", "-", "--", "...", ";", "(", ")", "[", "]", "{", "}"]
 )
 _PTB_TOKEN = re.compile(r"\w+(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-./]\w+)*|\.\.\.|--|[^\w\s]")
+
+
+class MissingPackageError(UserError, ModuleNotFoundError):
+    """A package of an optional extra is not installed; the message says what to install."""
 
 
 def normalise_answer(text: str) -> str:
@@ -89,7 +95,7 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
     """CIDEr-D of each caption (Vedantam et al. 2015); the corpus score is their mean, 1.0 being "100".
 
     Document frequencies come from ``references``, so a score holds for one set of images only; a single image scores 0.
-    Raises ModuleNotFoundError naming the extra when pycocoevalcap is missing.
+    Raises MissingPackageError naming the extra when pycocoevalcap is missing.
     """
     _check_pairs(captions, references)
     try:
@@ -103,7 +109,7 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
 def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
     """Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002, closest reference length), each in 0..1.
 
-    Raises ModuleNotFoundError naming the extra when pycocoevalcap is missing.
+    Raises MissingPackageError naming the extra when pycocoevalcap is missing.
     """
     _check_pairs(captions, references)
     try:
@@ -131,7 +137,5 @@ def _check_pairs(captions: Sequence[str], references: Sequence[Sequence[str]]) -
         raise ValueError(f"caption {empty[0]} has no reference")
 
 
-def _missing_package() -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        'caption metrics need pycocoevalcap: pip install "free_dist[eval]"', name="pycocoevalcap"
-    )
+def _missing_package() -> MissingPackageError:
+    return MissingPackageError('caption metrics need pycocoevalcap: pip install "free_dist[eval]"')

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from free_dist.backbones import Backbone, LayerCache
 from free_dist.backbones.base import BlockCall
+from free_dist.config import ConfigError
 
 
 class ExitTransformer(nn.Module):
@@ -74,17 +75,17 @@ class ExitBank(nn.Module):
 
 
 def check_exit_layers(exit_layers: Sequence[int], n_blocks: int) -> None:
-    """Raise ValueError unless the layers are strictly increasing and lie in 1..L."""
+    """Raise ConfigError unless the layers are strictly increasing and lie in 1..L."""
     ordered = sorted(set(exit_layers))
     if not exit_layers or list(exit_layers) != ordered or ordered[0] < 1 or ordered[-1] > n_blocks:
-        raise ValueError(
+        raise ConfigError(
             f"exits.exit_layers={list(exit_layers)}: want strictly increasing block numbers from 1 to {n_blocks}"
         )
 
 
 def init_block(exit_layer: int, init: str, n_blocks: int) -> int:
-    """The block, 1-based, that an exit after ``exit_layer`` is copied from."""
+    """The block, 1-based, that an exit after ``exit_layer`` is copied from; raises ConfigError for an unknown ``init``."""
     sources = {"same": exit_layer, "next": min(exit_layer + 1, n_blocks), "last": n_blocks}
     if init not in sources:
-        raise ValueError(f"exits.init={init!r}: want one of {', '.join(sources)}")
+        raise ConfigError(f"exits.init={init!r}: want one of {', '.join(sources)}")
     return sources[init]

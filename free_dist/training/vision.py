@@ -24,6 +24,9 @@ from free_dist.data.stream import records
 from free_dist.training.finetune import augment_images
 from free_dist.training.schedule import warmup_cosine
 
+POSTFIX_EVERY = 10
+"""Steps between two updates of the losses shown beside the progress bar."""
+
 
 def pretrain_vision(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Recipe, *, steps: int) -> float:
     """Train vision tower, Q-Former and projection in place for ``steps`` steps of ``finetune.batch_size`` images.
@@ -43,13 +46,15 @@ def pretrain_vision(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Rec
     for parameter in visual:
         parameter.requires_grad_(True)
     backbone.train()
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+    )
     factor = warmup_cosine(warmup_steps=max(1, steps // 10), max_steps=steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     batches = _labelled_images(encoder, recipe, labels)
     rng = random.Random(f"{seed}/vision/augment")
     progress = tqdm(range(steps), desc="vision", mininterval=1.0)
-    for _ in progress:
+    for step in progress:
         images, targets = next(batches)
         patches = backbone.model.vision_model(pixel_values=augment_images(images, rng)).last_hidden_state
         prefix = backbone.prefix_from_patches(patches)
@@ -61,7 +66,8 @@ def pretrain_vision(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Rec
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        progress.set_postfix(patches=f"{patch_loss.item():.3f}", prefix=f"{prefix_loss.item():.3f}", refresh=False)
+        if step % POSTFIX_EVERY == 0:
+            progress.set_postfix(patches=f"{patch_loss.item():.3f}", prefix=f"{prefix_loss.item():.3f}", refresh=False)
     backbone.eval()
     return loss.item()
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from free_dist.config import UserError
 from free_dist.decoding import generate
 from free_dist.exits import ExitBank
 
@@ -104,7 +105,7 @@ def test_generation_fits_exactly_into_the_positions_of_the_backbone(backbone, ba
     longest = backbone.max_positions - prompt.shape[1] + 1
     result = generate(backbone, bank, pixels, prompt, thresholds=0.0, max_new_tokens=longest, eos=-1)
     assert len(result.tokens) == longest
-    with pytest.raises(ValueError, match="max_new_tokens"):
+    with pytest.raises(UserError, match="max_new_tokens"):
         generate(backbone, bank, pixels, prompt, thresholds=0.0, max_new_tokens=longest + 1, eos=-1)
 
 
@@ -114,7 +115,9 @@ def test_wrong_calls_are_refused_with_what_to_do(backbone, bank, cases) -> None:
         generate(backbone, bank, pixels.expand(2, -1, -1, -1), prompt, thresholds=0.5, max_new_tokens=1)
     with pytest.raises(ValueError, match="thresholds"):
         generate(backbone, bank, pixels, prompt, max_new_tokens=1)
-    with pytest.raises(ValueError, match="max_new_tokens"):
+    with pytest.raises(UserError, match="thresholds"):
+        generate(backbone, bank, pixels, prompt, thresholds=-1.0, max_new_tokens=1)
+    with pytest.raises(UserError, match="max_new_tokens"):
         generate(backbone, None, pixels, prompt, max_new_tokens=0)
     with pytest.raises(ValueError, match=r"bank\.eval"):
         generate(backbone, copy.deepcopy(bank).train(), pixels, prompt, thresholds=0.5, max_new_tokens=1)

@@ -102,7 +102,7 @@ def test_each_token_costs_the_blocks_up_to_where_it_was_emitted(backbone, bank, 
     result = generate(backbone, bank, pixels, prompt, thresholds=scripted(1), max_new_tokens=N_TOKENS, eos=-1)
     wanted = [backbone.n_blocks if layer is None else layer for layer in result.exit_layers]
     assert result.blocks_executed == wanted
-    assert result.mean_blocks == sum(wanted) / N_TOKENS
+    assert result.mean_backbone_blocks == sum(wanted) / N_TOKENS
 
 
 def test_blocks_behind_the_exit_never_run_when_every_token_exits(backbone, bank, cases, weight_watch) -> None:

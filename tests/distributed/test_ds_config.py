@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from free_dist.config import UserError
 from free_dist.ds_config import (
     KNOWN_KEYS,
     SECTIONS,
@@ -54,13 +55,20 @@ def read(content: Any, tmp_path: Path) -> dict[str, dict[str, Any]]:
         ("exits", {"zero_optimization": {}}, ["zero_optimization.stage", "1, 2 or 3"]),
         ("backbone", {"optimizer": {"type": "AdamW"}}, ["optimizer", "frozen"]),
         ("backbone", {"zero_optimization": {"stage": 2}}, ["zero_optimization.stage", "0 (replicated) or 3"]),
+        ("exits", {"zero_optimization": 3}, ["'zero_optimization' must be an object, not 3"]),
+        ("backbone", {"zero_optimization": 3}, ["'zero_optimization' must be an object, not 3"]),
+        ("backbone", {"zero_optimization": {"stage": "x"}}, ["zero_optimization.stage", "integer, not 'x'"]),
+        ("exits", {"zero_optimization": {"stage": True}}, ["zero_optimization.stage", "integer, not True"]),
+        ("exits", {"bf16": True}, ["'bf16' must be an object, not True"]),
+        ("exits", {"bf16": {"enabled": "auto"}}, ["bf16.enabled", "true or false, not 'auto'"]),
+        ("exits", {"optimizer": {"type": "AdamW", "params": 1e-3}}, ["optimizer.params", "object, not 0.001"]),
         ("exits", {"train_micro_batch_size_per_gpu": 0}, ["train_micro_batch_size_per_gpu", "positive integer"]),
     ],
 )
 def test_a_wrong_entry_is_refused_with_file_section_and_remedy(content, tmp_path, section, change, words):
     read(content, tmp_path)
     content[section] |= change
-    with pytest.raises(ValueError, match=r"shape\.json") as error:
+    with pytest.raises(UserError, match=r"shape\.json") as error:
         read(content, tmp_path)
     for word in (f"section '{section}'", *words):
         assert word in str(error.value)
@@ -99,6 +107,25 @@ def test_a_file_without_sections_configures_all_three_and_the_backbone_takes_no_
     assert "optimizer" not in sections["backbone"]
     assert zero_stage(sections["backbone"]) == 0
     assert (micro_batch_size(sections), gradient_accumulation_steps(sections)) == (4, 3)
+
+
+@pytest.mark.parametrize("wrong", [3, {"stage": "x"}])
+def test_a_wrong_type_in_a_file_without_sections_is_refused_too(content, tmp_path, wrong):
+    with pytest.raises(UserError, match=r"shape\.json: .*zero_optimization.* must be an"):
+        read(content["exits"] | {"zero_optimization": wrong}, tmp_path)
+
+
+def test_an_optimizer_that_would_be_compiled_on_cpu_is_the_users_to_change(content):
+    import deepspeed
+    from torch import nn
+
+    from free_dist.engines import build_engines
+
+    if deepspeed.accelerator.get_accelerator().device_name() != "cpu":
+        pytest.skip("only on CPU")
+    content["backbone"]["zero_optimization"] = {"stage": 0}
+    with pytest.raises(UserError, match=r"section 'exits'.*torch_adam"):
+        build_engines(nn.Linear(2, 2), nn.Linear(2, 2), None, content, lambda step: 1.0)
 
 
 def test_exits_need_their_own_head_when_the_backbone_is_sharded_or_has_another_precision(content):

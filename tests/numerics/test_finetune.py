@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
 from free_dist.backbones.embedded import new_model
-from free_dist.config import DataConfig, FinetuneConfig, Recipe, TrainingConfig
+from free_dist.config import DataConfig, FinetuneConfig, Recipe, TrainingConfig, UserError
 from free_dist.data.samples import SampleEncoder
 from free_dist.data.stream import records, training_batches
-from free_dist.training.finetune import answer_loss, augment_images, finetune
+from free_dist.recipe_io import load_recipe
+from free_dist.training.finetune import answer_loss, augment_images, finetune, save_backbone
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.vision import distinctive_answers, pretrain_vision
 
@@ -51,6 +53,37 @@ def test_the_saved_directory_loads_back_as_the_same_frozen_model(run, tiny_root:
     )
     batch = next(training_batches(DataConfig(root=str(tiny_root)), encoder, seed=0, micro_batch_size=4))
     torch.testing.assert_close(answer_loss(loaded, batch), answer_loss(backbone, batch), rtol=1e-6, atol=1e-6)
+
+
+def test_saving_replaces_the_former_checkpoint_and_a_failed_save_leaves_it(
+    tiny_backbone, tiny_encoder, tmp_path: Path, monkeypatch
+) -> None:
+    directory = tmp_path / "backbone"
+    directory.mkdir()
+    (directory / "former").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_encoder, "image_processor", None)
+        with pytest.raises(AttributeError):
+            save_backbone(tiny_backbone, tiny_encoder, directory)
+    assert [path.name for path in directory.iterdir()] == ["former"]
+    save_backbone(tiny_backbone, tiny_encoder, directory)
+    assert not (directory / "former").exists()
+    assert Blip2Backbone.from_pretrained(directory).n_blocks == tiny_backbone.n_blocks
+    assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_the_launcher_keeps_its_recipe_and_refuses_a_directory_that_holds_a_run(run, tiny_root, tmp_path: Path) -> None:
+    launch = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "finetune.py"))["run"]
+    recipe = Recipe(
+        run_dir=str(tmp_path / "run"),
+        data=DataConfig(root=str(tiny_root)),
+        training=TrainingConfig(max_steps=1, warmup_steps=0),
+        finetune=FinetuneConfig(batch_size=2, start=str(run[1] / "backbone"), n_blocks=4),
+    )
+    launch(recipe)
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == recipe
+    with pytest.raises(UserError, match="already holds a run"):
+        launch(recipe)
 
 
 def test_augmentation_moves_pixels_without_inventing_any(tiny_root: Path, tiny_encoder) -> None:

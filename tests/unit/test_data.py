@@ -23,6 +23,7 @@ from free_dist.data.shards import (
     MANIFEST,
     Manifest,
     ShardError,
+    is_intact,
     read_manifest,
     record_from_fields,
     shard_paths,
@@ -159,6 +160,27 @@ def test_finished_splits_are_kept_as_they_are(tiny_root: Path, tmp_path: Path) -
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.tar")} == before
 
 
+@pytest.mark.parametrize("damage", ["delete the shard", "flip one byte", "break the manifest"])
+def test_a_damaged_split_is_made_again_as_it_was(converted: Path, tmp_path: Path, damage: str) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(converted, root)
+    whole = read_manifest(root, "test")
+    shard = root / "test" / whole.shards[-1].name
+    content = shard.read_bytes()
+    if damage == "delete the shard":
+        shard.unlink()
+    elif damage == "flip one byte":
+        shard.write_bytes(content[:700] + bytes([content[700] ^ 1]) + content[701:])
+    else:
+        (root / "test" / MANIFEST).write_text("{")
+    assert not is_intact(root, "test")
+    untouched = {path: path.stat().st_mtime_ns for path in (root / "train").iterdir()}
+    assert easyvqa.prepare(root)[-1] == whole
+    assert shard.read_bytes() == content
+    assert is_intact(root, "test")
+    assert {path: path.stat().st_mtime_ns for path in (root / "train").iterdir()} == untouched
+
+
 # --- shards ---------------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +248,11 @@ def test_interrupted_writing_leaves_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_split(tmp_path, dataset="made-up", split="train", records=breaking(), total=9, records_per_shard=2)
     assert not (tmp_path / "train" / MANIFEST).exists()
+
+
+def test_interrupted_rewriting_leaves_no_manifest_of_the_former_split(tmp_path: Path) -> None:
+    write(tmp_path, made_up_records())
+    test_interrupted_writing_leaves_no_manifest(tmp_path)
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

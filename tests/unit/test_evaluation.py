@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from free_dist.config import UserError
 from free_dist.evaluation.benchmark import ratio_with_interval
-from free_dist.evaluation.metrics import bleu, cider_d, normalise_answer, ptb_like_tokens, vqa_accuracy
+from free_dist.evaluation.metrics import (
+    MissingPackageError,
+    bleu,
+    cider_d,
+    normalise_answer,
+    ptb_like_tokens,
+    vqa_accuracy,
+)
 from free_dist.evaluation.probe import LENS, Curve, Probe
 from free_dist.evaluation.report import terminal_table, write_report
 from free_dist.evaluation.rows import SCHEMA, Row, best_row, read_results
@@ -26,6 +35,16 @@ def test_official_mode_leaves_unanimous_answers_as_they_are() -> None:
     assert vqa_accuracy("the dog", ["dog"] * 10, normalise="official") == 0.0
     assert vqa_accuracy("the dog", ["dog"] * 10, normalise="always") == 1.0
     assert vqa_accuracy("the dog", ["dog"] * 9 + ["cat"], normalise="official") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("score", "module"), [(cider_d, "pycocoevalcap.cider.cider"), (bleu, "pycocoevalcap.bleu.bleu")]
+)
+def test_a_missing_caption_package_is_the_users_to_install(monkeypatch, score, module: str) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # makes its import a ModuleNotFoundError
+    with pytest.raises(MissingPackageError, match=r"^caption metrics need pycocoevalcap: pip install") as error:
+        score(["a dog"], [["a dog"]])
+    assert isinstance(error.value, UserError) and isinstance(error.value, ModuleNotFoundError)
 
 
 def test_single_answer_is_exact_match() -> None:
