@@ -17,8 +17,8 @@ from free_dist.data.stream import split_samples
 from free_dist.decoding import generate
 from free_dist.training.finetune import teacher_forced_accuracy
 
-QUESTION_ONLY_PRIOR = 0.67
-"""Accuracy on the official test split of always giving a question's most frequent training answer."""
+PROMISED_ACCURACY = 0.93
+"""On the official test split; always giving a question's most frequent training answer reaches 0.67."""
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def test_head_and_blocks_have_the_proportions_of_opt_2_7b(embedded) -> None:
     assert backbone.n_blocks >= 12
 
 
-def test_it_answers_unseen_questions_far_better_than_a_guess_from_the_question(embedded, data: DataConfig) -> None:
+def test_it_answers_the_official_test_questions_as_well_as_promised(embedded, data: DataConfig) -> None:
     backbone, encoder = embedded
-    samples = split_samples(data, "test", "vqa", max_samples=1000)
-    batches = (encoder.collate(samples[i : i + 100]) for i in range(0, 1000, 100))
-    assert teacher_forced_accuracy(backbone, batches) > QUESTION_ONLY_PRIOR + 0.2
+    samples = split_samples(data, "test", "vqa", max_samples=2000)
+    batches = (encoder.collate(samples[i : i + 100]) for i in range(0, 2000, 100))
+    assert teacher_forced_accuracy(backbone, batches) >= PROMISED_ACCURACY
 
 
 @pytest.mark.parametrize("task", ["vqa", "caption", "dialogue"])
