@@ -53,7 +53,7 @@ class DataConfig:
     """Task name -> relative frequency of batches of that task (vqa, caption, dialogue)."""
     questions_per_image: int = 4
     """VQA samples drawn per image and epoch; they share one pass through the vision tower."""
-    max_turns: int = 6
+    max_turns: int = 4
     """Longest dialogue, in question-answer turns."""
     shuffle_buffer: int = 1000
     """Records held by the shuffle buffer."""

@@ -60,9 +60,9 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
     with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
         if world.is_main:
             rows = micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * world.size
+            processes = "1 process" if world.size == 1 else f"{world.size} processes"
             print(
-                f"{world.size} process(es) on {world.device.type}, {rows} rows per step; more with --num_gpus",
-                flush=True,
+                f"{processes} on {world.device.type}, {rows} rows per step; deepspeed --num_gpus N starts N", flush=True
             )
             if recipe.data.root == DataConfig().root:
                 easyvqa.prepare(Path(recipe.data.root))
