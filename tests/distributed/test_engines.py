@@ -192,10 +192,11 @@ def losses_in_bf16() -> list[float]:
     return [adversarial_step(engines, scene.batch(0), LOSS, measure=True)["loss"].item() for _ in range(6)]
 
 
-def test_bf16_training_lowers_the_loss():
-    (losses,) = run_ranks(1, losses_in_bf16)
-    assert all(torch.isfinite(torch.tensor(losses)))
-    assert losses[-1] < losses[0]
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bf16_training_lowers_the_loss(world_size: int):
+    for losses in run_ranks(world_size, losses_in_bf16):
+        assert all(torch.isfinite(torch.tensor(losses)))
+        assert losses[-1] < losses[0]
 
 
 def without_adversary() -> dict[str, torch.Tensor]:
