@@ -17,12 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from free_dist.config import UserError
+
+T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets in every process it starts."""
@@ -109,6 +112,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Elementwise mean over ranks, as a new tensor of the same shape; give it floating-point values."""
     return all_reduce_sum(values) / world_size()
+
+
+def all_gather(values: list[T]) -> list[list[T]]:
+    """This rank's list of picklable values -> every rank's lists, in rank order, on every rank."""
+    if world_size() == 1:
+        return [values]
+    parts: list[list[T]] = [[] for _ in range(world_size())]
+    torch.distributed.all_gather_object(parts, values)
+    return parts
 
 
 class StopFlag:

@@ -16,21 +16,14 @@ from pathlib import Path
 
 from free_dist.config import Recipe
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
-from free_dist.training.runs import train_once
+from free_dist.training.runs import add_launch_arguments, train_once
 
 LAUNCH = Path(__file__).resolve().parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--ds_config",
-        type=Path,
-        default=LAUNCH.parent / "ds_configs" / "cpu.json",
-        metavar="FILE",
-        help="how training is distributed; default: %(default)s",
-    )
-    parser.add_argument("--num_gpus", type=int, default=1, help="processes that train; default: %(default)s")
+    add_launch_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
     add_recipe_arguments(parser, default="launch/recipes/ablation.yaml")
     arguments = parser.parse_intermixed_args()

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from free_dist.config import Recipe
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
@@ -59,6 +58,7 @@ def run(
     from transformers.utils.logging import disable_progress_bar
 
     from free_dist.data.pretrained import load_pretrained
+    from free_dist.distributed import all_gather
     from free_dist.evaluation.evaluate import evaluate_exits
     from free_dist.evaluation.probe import probe_exits
     from free_dist.evaluation.report import write_report
@@ -69,9 +69,8 @@ def run(
     backbone, encoder = load_pretrained(recipe.backbone.path)
     banks = {method: load_exits(backbone, export).to(device) for method, export in directories.items()}
     backbone.to(device)
-    gather = _gather_over(world_size)
-    rows = evaluate_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
-    probes = probe_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather)
+    rows = evaluate_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=all_gather)
+    probes = probe_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=all_gather)
     if rank != 0:
         return None
     paths = write_report(rows, probes, recipe.run_dir, labels=labels)
@@ -87,20 +86,6 @@ def show(paths: ReportPaths) -> None:
     print(terminal_table(read_results(paths.results)))
     for path in (paths.results, paths.report, *paths.plots.values()):
         print(path)
-
-
-def _gather_over(world_size: int) -> Callable[[list[Any]], list[list[Any]]]:
-    if world_size == 1:
-        return lambda results: [results]
-
-    def gather(results: list[Any]) -> list[list[Any]]:
-        import torch
-
-        parts: list[list[Any]] = [[] for _ in range(world_size)]
-        torch.distributed.all_gather_object(parts, results)
-        return parts
-
-    return gather
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from free_dist.config import Recipe, UserError
+from free_dist.config import Recipe
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
+from free_dist.training.runs import refuse_existing_run
 
 
 def main() -> None:
@@ -21,8 +22,7 @@ def main() -> None:
 def run(recipe: Recipe) -> None:
     """Train a new embedded backbone as the recipe says; raises UserError if ``run_dir`` already holds a run."""
     run_dir = Path(recipe.run_dir)
-    if (run_dir / "log.jsonl").exists():
-        raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir or remove it")
+    refuse_existing_run(run_dir)
 
     from free_dist.backbones import Blip2Backbone
     from free_dist.backbones.blip2 import load_image_processor, load_tokenizer

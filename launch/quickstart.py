@@ -16,7 +16,7 @@ from pathlib import Path
 
 from free_dist.config import Recipe
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
-from free_dist.training.runs import EXPORT_MANIFEST, same_recipe, train_once
+from free_dist.training.runs import EXPORT_MANIFEST, add_launch_arguments, same_recipe, train_once
 
 LAUNCH = Path(__file__).resolve().parent
 METHODS = {"exits": "CE+GAN", "exits_ce": "CE only"}
@@ -25,14 +25,7 @@ METHODS = {"exits": "CE+GAN", "exits_ce": "CE only"}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--ds_config",
-        type=Path,
-        default=LAUNCH.parent / "ds_configs" / "cpu.json",
-        metavar="FILE",
-        help="how training is distributed; default: %(default)s",
-    )
-    parser.add_argument("--num_gpus", type=int, default=1, help="processes that train; default: %(default)s")
+    add_launch_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
     add_recipe_arguments(parser, default="launch/recipes/quickstart.yaml")
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):

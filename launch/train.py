@@ -16,9 +16,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from free_dist.config import DataConfig, Recipe, UserError
+from free_dist.config import DataConfig, Recipe
 from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
+from free_dist.training.runs import refuse_existing_run
 
 EXIT_INTERRUPTED = 130
 
@@ -55,8 +56,7 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
 
     disable_progress_bar()
     run_dir = Path(recipe.run_dir)
-    if (run_dir / "log.jsonl").exists():
-        raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir or remove it")
+    refuse_existing_run(run_dir)
     with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
         if world.is_main:
             rows = micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * world.size

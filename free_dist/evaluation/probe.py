@@ -10,7 +10,7 @@ Shape letters: B batch, T positions, N scored positions, L blocks, K exits, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,7 @@ from free_dist.backbones import Backbone
 from free_dist.config import ConfigError, Recipe
 from free_dist.data.samples import IGNORE, Batch, SampleEncoder
 from free_dist.data.stream import split_samples
+from free_dist.evaluation.evaluate import Gather, alone
 from free_dist.evaluation.tasks import find_task
 from free_dist.exits import ExitBank
 
@@ -108,7 +109,7 @@ def probe_exits(
     batch_size: int = 32,
     rank: int = 0,
     world_size: int = 1,
-    gather: Callable[[list[Probe]], list[list[Probe]]] | None = None,
+    gather: Gather[Probe] = alone,
     quiet: bool = False,
 ) -> list[Probe]:
     """One Probe per task of ``recipe.evaluation``, over at most ``evaluation.max_samples`` rows of its split.
@@ -129,8 +130,7 @@ def probe_exits(
         for first in tqdm(starts, desc=f"probe {name}", unit="batch", disable=quiet or rank != 0, mininterval=1.0):
             batch = encoder.collate(samples[first : first + batch_size]).to(device)
             found.append(probe_batch(backbone, banks, batch))
-        parts = [found] if gather is None else gather(found)
-        merged = [probe for part in parts for probe in part]
+        merged = [probe for part in gather(found) for probe in part]
         if not merged:
             raise ConfigError(f"evaluation.tasks: {recipe.data.root}/{settings.split} has nothing for task {name!r}")
         total = merged[0]

@@ -5,6 +5,7 @@ Knows launchers and run directories; does not train anything itself and imports 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -23,6 +24,24 @@ EXPORT = "export"
 
 EXPORT_MANIFEST = "exits.json"
 """File in an export that is written last."""
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser, *, ds_config: Path) -> None:
+    """Add ``--ds_config`` and ``--num_gpus``, which say how :func:`train_once` starts training, to a launcher's parser."""
+    parser.add_argument(
+        "--ds_config",
+        type=Path,
+        default=ds_config,
+        metavar="FILE",
+        help="how training is distributed; default: %(default)s",
+    )
+    parser.add_argument("--num_gpus", type=int, default=1, help="processes that train; default: %(default)s")
+
+
+def refuse_existing_run(run_dir: Path) -> None:
+    """Raise UserError if a run has been logged to ``run_dir``: runs are never overwritten."""
+    if (run_dir / "log.jsonl").exists():
+        raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir or remove it")
 
 
 def same_recipe(recipe: Recipe, path: Path) -> bool:
