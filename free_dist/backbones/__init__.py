@@ -1,6 +1,18 @@
 """Frozen vision-language models as stacks of blocks."""
 
-from free_dist.backbones.base import Backbone, BackboneFeatures, LayerCache, TokenLayout
+from free_dist.backbones.base import Backbone, BackboneFeatures, Start, TokenLayout
 from free_dist.backbones.blip2 import Blip2Backbone
+from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, RaggedSpan, Span
 
-__all__ = ["Backbone", "BackboneFeatures", "Blip2Backbone", "LayerCache", "TokenLayout"]
+__all__ = [
+    "Backbone",
+    "BackboneFeatures",
+    "Blip2Backbone",
+    "ContiguousSpan",
+    "LayerCache",
+    "Memory",
+    "RaggedSpan",
+    "Span",
+    "Start",
+    "TokenLayout",
+]

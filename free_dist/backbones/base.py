@@ -6,7 +6,7 @@ before the final norm.  Only adapters translate this to a library's own numberin
 This module does not know any architecture, and nothing about exits, training or distribution.
 
 Shape letters: B batch, I distinct images, T text positions (image placeholders included), P cached positions,
-Q query tokens, D model width, V vocabulary, H heads, L blocks.
+Q query tokens, D model width, V vocabulary, L blocks.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, Span
+
+SpanT = TypeVar("SpanT", bound=Span)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,59 +50,32 @@ class BackboneFeatures:
     """Final-layer feature *after* the final norm, [B, T, D]."""
 
 
-class LayerCache:
-    """Keys and values of one block, preallocated: [B, H, capacity, D / H] each.
+class Start(NamedTuple):
+    """What the blocks read first."""
 
-    Has the ``update`` method that transformers' attention modules call, and ignores their layer index: one object
-    belongs to one block, be it a backbone's or an exit transformer's.
-    """
-
-    def __init__(
-        self, *, batch_size: int, n_heads: int, head_dim: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (batch_size, n_heads, capacity, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-        """Positions held, P."""
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append [B, H, T, D / H] keys and values; return views of everything held, [B, H, P + T, D / H]."""
-        stop = self.length + key_states.shape[2]
-        if stop > self.keys.shape[2]:
-            raise ValueError(
-                f"cache holds {self.keys.shape[2]} positions, {stop} are needed: ask for a larger capacity"
-            )
-        self.keys[:, :, self.length : stop] = key_states
-        self.values[:, :, self.length : stop] = value_states
-        self.length = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
-
-    def truncate(self, length: int) -> None:
-        """Forget the positions from ``length`` on."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
-        self.length = length
+    hidden: Tensor
+    """``h_0`` [B, T, D], rows padded on the right."""
+    lengths: list[int]
+    """Positions of each row, B values from 1 to T."""
+    memory: Memory | None
+    """What an encoder read, for cross-attention; None for decoder-only models."""
 
 
 class BlockCall(Protocol):
-    """Runs one block module of this architecture; a plain function without parameters of its own."""
+    """Runs one block module of this architecture; holds no parameters of its own."""
 
-    def __call__(self, block: nn.Module, hidden: Tensor, cache: LayerCache | None) -> Tensor:
-        """[B, T, D] -> [B, T, D], causal over the ``cache.length`` cached positions and the T new ones."""
+    def __call__(
+        self,
+        block: nn.Module,
+        hidden: Tensor,
+        cache: LayerCache | None = None,
+        span: Span | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """[R, T, D] -> [R, T, D], causal; with a cache (inference) over the cached positions too, which ``span`` describes.
 
-
-def causal_mask(n_new: int, n_past: int, device: torch.device) -> Tensor | None:
-    """Boolean mask [1, 1, T, P + T], true where attended; None where the attention kernel's own causality suffices.
-
-    Attention kernels align their causal mask with the first key, which is right only without cached positions; a single
-    query sees everything.
-    """
-    if n_new == 1 or n_past == 0:
-        return None
-    return torch.ones(n_new, n_past + n_new, dtype=torch.bool, device=device).tril(n_past)[None, None]
+        ``last_only``: keys and values of all T positions are cached, but only the last output is computed, [R, 1, D].
+        """
 
 
 class Backbone(nn.Module, ABC):
@@ -116,11 +93,18 @@ class Backbone(nn.Module, ABC):
         """[I, 3, height, width] normalised pixels -> visual prefix [I, Q, D]."""
 
     @abstractmethod
-    def embed(self, input_ids: Tensor, prefix: Tensor | None = None, past_length: int = 0) -> Tensor:
+    def embed(self, input_ids: Tensor, prefix: Tensor | None = None, past_length: int | Tensor = 0) -> Tensor:
         """[B, T] ids -> ``h_0`` [B, T, D]; image placeholders take the rows of ``prefix`` [B, Q, D] in order.
 
-        ``past_length`` is the number of positions before the first id.  Rows are unpadded or padded on the right.
+        ``past_length`` is the number of positions before the first id, one number or one per row [B].  Rows are unpadded
+        or padded on the right.
         """
+
+    def start(self, prompts: Sequence[Sequence[int]], prefix: Tensor) -> Start:
+        """B prompts of any lengths (image placeholders included) and their prefix [B, Q, D] -> what the blocks read first."""
+        lengths = [len(prompt) for prompt in prompts]
+        rows = [[*prompt, *[self.layout.pad_token_id] * (max(lengths) - len(prompt))] for prompt in prompts]
+        return Start(self.embed(torch.tensor(rows, device=prefix.device), prefix), lengths, None)
 
     @abstractmethod
     def block(self, k: int) -> nn.Module:
@@ -144,20 +128,37 @@ class Backbone(nn.Module, ABC):
         """The modules behind :meth:`final_norm` and :meth:`lm_head`, which exits share by reference."""
 
     @abstractmethod
-    def new_layer_cache(self, batch_size: int, capacity: int) -> LayerCache:
+    def new_layer_cache(self, batch_size: int, capacity: int, memory: Memory | None = None) -> LayerCache:
         """An empty cache for one block."""
 
-    def new_cache(self, batch_size: int, capacity: int) -> list[LayerCache]:
-        """Empty caches for all L blocks; block ``k`` owns entry ``k - 1``."""
-        return [self.new_layer_cache(batch_size, capacity) for _ in range(self.n_blocks)]
+    def new_span(self, start: int, n_new: int, device: torch.device) -> Span:
+        """The span of T = ``n_new`` positions from ``start`` on, the same for all rows of a cache."""
+        return self.with_shared(ContiguousSpan(start, n_new, device), device)
 
-    def run_blocks(self, hidden: Tensor, start: int, stop: int, cache: Sequence[LayerCache] | None = None) -> Tensor:
-        """``h_start`` [B, T, D] -> ``h_stop`` [B, T, D], appending T positions to the caches of the blocks that run."""
+    def with_shared(self, span: SpanT, device: torch.device) -> SpanT:
+        """``span`` with what this architecture computes once per call; most need nothing."""
+        return span
+
+    def run_blocks(
+        self,
+        hidden: Tensor,
+        start: int,
+        stop: int,
+        caches: Sequence[LayerCache] | None = None,
+        span: Span | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """``h_start`` [B, T, D] -> ``h_stop`` [B, T, D]; with caches, block ``k`` writes entry ``k - 1`` as ``span`` says.
+
+        ``last_only``: of the last block only the last output is computed, [B, 1, D].
+        """
         if not 0 <= start <= stop <= self.n_blocks:
             raise ValueError(f"run_blocks({start}, {stop}): want 0 <= start <= stop <= {self.n_blocks}")
         call = self.block_call
         for k in range(start + 1, stop + 1):
-            hidden = call(self.block(k), hidden, None if cache is None else cache[k - 1])
+            cache = None if caches is None else caches[k - 1]
+            hidden = call(self.block(k), hidden, cache, span, last_only and k == stop)
         return hidden
 
     def forward(

@@ -1,26 +1,22 @@
-"""Decoding that stops early: exact caches, exit policies, generation at batch 1."""
+"""Decoding that stops early: exact caches, exit policies, lossy and lossless generation."""
 
 from free_dist.decoding.cache import Counts, PendingCache
-from free_dist.decoding.generate import (
-    DecodingState,
-    GenerationResult,
-    TokenRecord,
-    decode_one_token,
-    generate,
-    prefill,
-)
-from free_dist.decoding.policy import Decision, ExitPolicy, MaxProbPolicy
+from free_dist.decoding.decoder import Decoder, DecoderOptions
+from free_dist.decoding.generate import generate
+from free_dist.decoding.policy import Decision, ExitPolicy, MaxProbPolicy, Scores
+from free_dist.decoding.result import Generation, GenerationResult, TokenRecord
 
 __all__ = [
     "Counts",
     "Decision",
-    "DecodingState",
+    "Decoder",
+    "DecoderOptions",
     "ExitPolicy",
+    "Generation",
     "GenerationResult",
     "MaxProbPolicy",
     "PendingCache",
+    "Scores",
     "TokenRecord",
-    "decode_one_token",
     "generate",
-    "prefill",
 ]

@@ -1,172 +1,141 @@
-"""Greedy generation at batch 1 that stops at the first confident exit: prefill, decode_one_token, generate.
+"""``generate``: images and prompts in, tokens and their trace out, with the argument names of Hugging Face's method.
 
-With no active exit this is an ordinary full-depth decoder: one ``run_blocks`` call per token, nothing pending, no softmax.
-Does not know how confidence is computed, how exits were trained, text, or image files.
+With no active exit this is an ordinary full-depth decoder: nothing pending, no softmax.  Does not know how confidence is
+computed, how exits were trained, text, or image files.
 
-Shape letters: T prompt positions (image placeholders included), D model width, V vocabulary, K exits, L blocks.
+Shape letters: B rows, T prompt positions (image placeholders included), Q query tokens, D model width, K exits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from free_dist.backbones import Backbone
 from free_dist.config import UserError
-from free_dist.decoding.cache import PendingCache
+from free_dist.decoding.decoder import Decoder, DecoderOptions
 from free_dist.decoding.policy import ExitPolicy, MaxProbPolicy
+from free_dist.decoding.result import Generation
+from free_dist.decoding.sampling import Sampler
 from free_dist.exits import ExitBank
+from free_dist.exits.gate import ExitChecks, FullHead
 
-
-class TokenRecord(NamedTuple):
-    """One emitted token and what it cost since the token before it."""
-
-    token: int
-    exit_layer: int | None
-    """Block after which it was emitted; None at full depth."""
-    confidence: float | None
-    """Confidence of the exit that emitted it; None at full depth, where none is computed."""
-    blocks: int
-    """Backbone blocks executed, one per block and call: weight reads.  Pending positions ride along in the same call."""
-    block_positions: int
-    """Backbone blocks executed times the positions in each call; the first token carries the prompt."""
-    exit_calls: int
-    """Exit transformers run, one per check."""
-    head_calls: int
-    """Vocabulary heads run, one per check and one at full depth."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationResult:
-    """A finished generation."""
-
-    records: tuple[TokenRecord, ...]
-    """One per generated token, the end-of-sequence token included where it was generated."""
-    n_blocks: int
-    """Blocks of the full model, L."""
-
-    @property
-    def tokens(self) -> list[int]:
-        """Generated ids, without the prompt."""
-        return [record.token for record in self.records]
-
-    @property
-    def exit_layers(self) -> list[int | None]:
-        """Per token: the block after which it was emitted, None at full depth."""
-        return [record.exit_layer for record in self.records]
-
-    @property
-    def confidences(self) -> list[float | None]:
-        """Per token: confidence of the exit that emitted it, None at full depth."""
-        return [record.confidence for record in self.records]
-
-    @property
-    def blocks_executed(self) -> list[int]:
-        """Per token: backbone blocks executed (weight reads); exit transformers and heads are not included."""
-        return [record.blocks for record in self.records]
-
-    @property
-    def mean_backbone_blocks(self) -> float:
-        """Backbone blocks executed per token; exit transformers are not included."""
-        return sum(self.blocks_executed) / len(self.records)
-
-    @property
-    def exit_calls(self) -> int:
-        """Exit transformers run over the whole sequence; each costs about one block."""
-        return sum(record.exit_calls for record in self.records)
-
-    @property
-    def head_calls(self) -> int:
-        """Vocabulary heads run over the whole sequence."""
-        return sum(record.head_calls for record in self.records)
-
-
-class DecodingState:
-    """One sequence being decoded: what :func:`decode_one_token` needs to emit the next token."""
-
-    def __init__(self, backbone: Backbone, bank: ExitBank | None, policy: ExitPolicy | None, capacity: int) -> None:
-        """``bank`` and ``policy`` come together or not at all; ``capacity`` is prompt plus new tokens."""
-        self.backbone = backbone
-        self.bank = bank
-        self.policy = policy
-        self.active: tuple[int, ...] = ()
-        """Indices into the bank of the exits that can fire."""
-        exits = []
-        if bank is not None:
-            assert policy is not None
-            self.active = tuple(index for index in range(len(bank.exit_layers)) if policy.is_active(index))
-            exits = [(bank.exit_layers[index], bank.transformers[index]) for index in self.active]
-        self.cache = PendingCache(backbone, exits, capacity)  # type: ignore[arg-type]
-        self.length = 0
-        """Positions embedded so far."""
-        self.last_token: Tensor | None = None
-        """The token emitted last, [1, 1]."""
-
-
-@torch.inference_mode()
-def prefill(state: DecodingState, pixel_values: Tensor, prompt_ids: Tensor) -> TokenRecord:
-    """Encode the image [1, 3, height, width], read the prompt [1, T] and emit the first token."""
-    hidden = state.backbone.embed(prompt_ids, state.backbone.encode_prefix(pixel_values))
-    state.length = prompt_ids.shape[1]
-    return _emit(state, hidden)
-
-
-@torch.inference_mode()
-def decode_one_token(state: DecodingState) -> TokenRecord:
-    """Read the token emitted last and emit the next one."""
-    assert state.last_token is not None, "prefill comes first"
-    hidden = state.backbone.embed(state.last_token, None, state.length)
-    state.length += 1
-    return _emit(state, hidden)
+Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
+"""[B, T] without padding, one row of ids, or B rows of any lengths."""
 
 
 @torch.inference_mode()
 def generate(
     backbone: Backbone,
     bank: ExitBank | None,
-    pixel_values: Tensor,
-    prompt_ids: Tensor | Sequence[int],
+    pixel_values: Tensor | None,
+    prompt_ids: Prompts,
     *,
-    thresholds: float | Sequence[float] | ExitPolicy | None = None,
     max_new_tokens: int,
+    thresholds: float | Sequence[float] | ExitPolicy | None = None,
+    checks: ExitChecks | None = None,
+    lossless: bool = False,
+    max_draft_tokens: int = 16,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
     eos: int | None = None,
-) -> GenerationResult:
-    """Decode greedily from one image [1, 3, height, width] and one prompt ([1, T] or a list of ids, placeholders included).
+    streamer: BaseStreamer | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    prefix: Tensor | None = None,
+) -> Generation:
+    """Decode B images [B, 3, height, width] with B prompts, placeholders included; every row exits on its own.
 
-    Without a bank, or with every threshold at 1 or above, this is the full model: the tokens of Hugging Face's greedy
-    ``generate``.  ``thresholds`` is one confidence threshold, one per exit, or a policy; it must be given with a bank.
-    ``eos`` ends the answer (None: the backbone's own; a negative id: never).  Raises UserError for
-    unusable thresholds, ``max_new_tokens`` below 1 or more positions than the backbone has; plain ValueError for a batch,
-    a missing threshold, exits that do not fit the backbone, or blocks in training mode.
+    Without a bank, or with every threshold at 1 or above, this is the full model: the tokens of Hugging Face's ``generate``.
+    ``thresholds`` is one confidence threshold, one per exit, or a policy; it must be given with a bank.  ``checks`` makes
+    asking an exit cheaper.  ``lossless`` verifies what exits emit, at most ``max_draft_tokens`` at a time: greedy tokens are
+    those of the full model, sampled ones have its distribution.  ``prefix`` [B, Q, D] replaces ``pixel_values`` when the
+    images are encoded already.  ``eos`` ends an answer (None: the backbone's own; a negative id: never).  A ``streamer``
+    gets the tokens of the one row as they become final; ``stopping_criteria`` see each row's prompt and tokens [1, n].
+
+    Raises UserError for unusable thresholds, sampling arguments, ``max_new_tokens`` below 1 or more positions than the
+    backbone has; plain ValueError for shapes that do not fit, a missing threshold, exits that do not fit the backbone, or
+    blocks in training mode.
     """
-    device = pixel_values.device
-    ids = prompt_ids if isinstance(prompt_ids, Tensor) else torch.tensor([list(prompt_ids)], device=device)
-    if pixel_values.shape[0] != 1 or ids.ndim != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
-        raise ValueError(
-            f"generate decodes one sequence: want pixel_values [1, 3, h, w] and prompt_ids [1, T], "
-            f"got {list(pixel_values.shape)} and {list(ids.shape)}"
-        )
+    prompts = _prompts(prompt_ids)
+    if prefix is None:
+        if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[0] != len(prompts):
+            shape = None if pixel_values is None else list(pixel_values.shape)
+            raise ValueError(f"want pixel_values [B, 3, h, w] with one image per prompt, got {shape} for {len(prompts)} prompts")
+        prefix = backbone.encode_prefix(pixel_values)
+    if prefix.shape[0] != len(prompts):
+        raise ValueError(f"prefix has {prefix.shape[0]} rows for {len(prompts)} prompts")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: want at least 1")
-    capacity = ids.shape[1] + max_new_tokens - 1  # the last token is never read
-    if capacity > backbone.max_positions:
-        raise UserError(
-            f"a prompt of {ids.shape[1]} positions and max_new_tokens={max_new_tokens} exceed the backbone's "
-            f"{backbone.max_positions} positions; lower max_new_tokens or shorten the prompt"
-        )
+    if max_draft_tokens < 1:
+        raise UserError(f"max_draft_tokens={max_draft_tokens}: want at least 1")
+    if streamer is not None and len(prompts) != 1:
+        raise ValueError(f"a streamer follows one row, got {len(prompts)} prompts")
     policy = None if bank is None else _policy(backbone, bank, thresholds)
+    if lossless and bank is None:
+        raise ValueError("lossless decoding drafts with exits: give a bank, or lossless=False for the full model")
     if backbone.block(1).training:
         raise ValueError("the backbone is in training mode, where dropout makes decoding random: call backbone.eval()")
-    state = DecodingState(backbone, bank, policy, capacity)
-    eos_id = backbone.layout.eos_token_id if eos is None else eos
-    records = [prefill(state, pixel_values, ids)]
-    while records[-1].token != eos_id and len(records) < max_new_tokens:
-        records.append(decode_one_token(state))
-    return GenerationResult(records=tuple(records), n_blocks=backbone.n_blocks)
+    start = backbone.start(prompts, prefix)
+    longest = start.hidden.shape[1]
+    if longest + max_new_tokens - 1 > backbone.max_positions:
+        raise UserError(
+            f"a prompt of {longest} positions and max_new_tokens={max_new_tokens} exceed the backbone's "
+            f"{backbone.max_positions} positions; lower max_new_tokens or shorten the prompt"
+        )
+    sampler = None
+    if do_sample:
+        sampler = Sampler(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    def on_token(_row: int, token: int) -> None:
+        assert streamer is not None
+        streamer.put(torch.tensor([token]))
+
+    def should_stop(row: int, tokens: list[int]) -> bool:
+        assert stopping_criteria is not None
+        ids = torch.tensor([[*prompts[row], *tokens]], device=start.hidden.device)
+        return bool(stopping_criteria(ids, None)[0])  # type: ignore[arg-type]
+
+    options = DecoderOptions(
+        max_new_tokens=max_new_tokens,
+        eos=backbone.layout.eos_token_id if eos is None else eos,
+        lossless=lossless,
+        max_draft_tokens=max_draft_tokens,
+        sampler=sampler,
+        on_token=None if streamer is None else on_token,
+        should_stop=None if stopping_criteria is None else should_stop,
+    )
+    if bank is not None and checks is None:
+        checks = ExitChecks(FullHead(bank.lm_head))
+    decoder = Decoder(backbone, bank, policy, checks, start, options)
+    while decoder.rows_left:
+        decoder.step()
+    if streamer is not None:
+        streamer.end()
+    return Generation(
+        rows=tuple(decoder.results()), pad_token_id=backbone.layout.pad_token_id, calls=decoder.cache.calls
+    )
+
+
+def _prompts(prompt_ids: Prompts) -> list[list[int]]:
+    """Prompts as B non-empty lists of ids."""
+    if isinstance(prompt_ids, Tensor):
+        if prompt_ids.ndim != 2:
+            raise ValueError(f"want prompt_ids [B, T], got {list(prompt_ids.shape)}")
+        prompts = prompt_ids.tolist()
+    elif prompt_ids and isinstance(prompt_ids[0], int):
+        prompts = [list(prompt_ids)]
+    else:
+        prompts = [list(row) for row in prompt_ids]  # type: ignore[arg-type]
+    if not prompts or any(not prompt for prompt in prompts):
+        raise ValueError("want at least one prompt, and none of them empty")
+    return prompts
 
 
 def _policy(backbone: Backbone, bank: ExitBank, thresholds: float | Sequence[float] | ExitPolicy | None) -> ExitPolicy:
@@ -188,38 +157,3 @@ def _policy(backbone: Backbone, bank: ExitBank, thresholds: float | Sequence[flo
         except ValueError as error:
             raise UserError(str(error)) from error
     return thresholds
-
-
-def _emit(state: DecodingState, hidden: Tensor) -> TokenRecord:
-    """New ``h_0`` [1, T, D] -> the next token, from the first confident exit or from full depth."""
-    cache = state.cache
-    counts = cache.counts
-    before = (counts.block_calls, counts.block_positions, counts.exit_calls, counts.head_calls)
-    exit_layer: int | None = None
-    confidence: float | None = None
-    for depth, index in enumerate(state.active):
-        assert state.bank is not None
-        assert state.policy is not None
-        hidden = cache.advance(depth, hidden)
-        logits = state.bank.logits(state.bank.final_norm(cache.run_exit(depth, hidden)))
-        counts.head_calls += 1
-        decision = state.policy.decide(index, logits[0])
-        if decision.emit:
-            cache.hold(depth + 1, hidden)
-            token, confidence, exit_layer = decision.token, decision.confidence, state.bank.exit_layers[index]
-            break
-    else:
-        hidden = cache.advance(len(state.active), hidden)
-        logits = state.backbone.lm_head(state.backbone.final_norm(hidden[:, -1]))
-        counts.head_calls += 1
-        token = logits[0].argmax(dim=-1)
-    state.last_token = token.view(1, 1)
-    return TokenRecord(
-        int(token.item()),
-        exit_layer,
-        confidence,
-        counts.block_calls - before[0],
-        counts.block_positions - before[1],
-        counts.exit_calls - before[2],
-        counts.head_calls - before[3],
-    )

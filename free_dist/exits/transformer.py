@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from free_dist.backbones import Backbone, LayerCache
+from free_dist.backbones import Backbone, LayerCache, Span
 from free_dist.backbones.base import BlockCall
 from free_dist.config import ConfigError
 
@@ -27,9 +27,11 @@ class ExitTransformer(nn.Module):
         self.block = copy.deepcopy(block).requires_grad_(True)
         self._block_call = block_call
 
-    def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """``h_k`` [B, T, D] -> un-normed exit state [B, T, D]; appends T positions to ``cache``."""
-        return self._block_call(self.block, hidden, cache)
+    def forward(
+        self, hidden: Tensor, cache: LayerCache | None = None, span: Span | None = None, *, last_only: bool = False
+    ) -> Tensor:
+        """``h_k`` [B, T, D] -> un-normed exit state [B, T, D], or of the last position, [B, 1, D]; see ``BlockCall``."""
+        return self._block_call(self.block, hidden, cache, span, last_only)
 
 
 class ExitBank(nn.Module):

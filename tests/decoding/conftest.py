@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.embedded import new_model
-from free_dist.decoding import Decision
+from free_dist.decoding import Decision, Scores
 from free_dist.exits import ExitBank
 
 
@@ -26,14 +26,21 @@ class ScriptedPolicy:
         self.rng = random.Random(seed)
         self.emit_rate = emit_rate
         self.inactive = set(inactive)
-        self.seen: list[tuple[int, Tensor]] = []
+        self.seen: list[tuple[int, int, Tensor]] = []
+        """(exit, answer position, logits) of every row of every check."""
 
     def is_active(self, exit_index: int) -> bool:
         return exit_index not in self.inactive
 
-    def decide(self, exit_index: int, logits: Tensor) -> Decision:
-        self.seen.append((exit_index, logits.clone()))
-        return Decision(logits.argmax(), 0.5, self.rng.random() < self.emit_rate)
+    def is_active_at(self, exit_index: int, position: int) -> bool:
+        return self.is_active(exit_index)
+
+    def decide(
+        self, exit_index: int, scores: Scores, positions: Sequence[int], earlier: Sequence[Sequence[int]]
+    ) -> Decision:
+        self.seen += [(exit_index, position, logits.clone()) for position, logits in zip(positions, scores.logits)]
+        emit = [self.rng.random() < self.emit_rate for _ in positions]
+        return Decision(scores.logits.argmax(-1), [0.5] * len(emit), emit)
 
 
 class WeightWatch(TorchFunctionMode):

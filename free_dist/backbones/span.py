@@ -1,0 +1,175 @@
+"""Key-value caches, and where the new positions of one call go in them.
+
+A :class:`Span` is built once per call and shared by all blocks of that call: which rows of the cache take part, which slots
+their new positions fill, and what each may attend to.  Slot = position, always, so a cache has no holes and forgetting
+positions is only a smaller number in the next span.  Does not know architectures, exits or tokens.
+
+Shape letters: B rows of a cache, R rows of a call, T new positions, C capacity, S encoder positions, H heads, E head width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Memory(NamedTuple):
+    """What an encoder hands to the cross-attention of a decoder."""
+
+    states: Tensor
+    """[B, S, D]."""
+    mask: Tensor | None
+    """Boolean [B, 1, 1, S], true where attended; None where all is."""
+
+    def take_rows(self, rows: Tensor) -> Memory:
+        """Row i of the result is row ``rows[i]``."""
+        return Memory(self.states.index_select(0, rows), None if self.mask is None else self.mask.index_select(0, rows))
+
+
+class Span(ABC):
+    """Geometry of one call of some blocks on R rows and T new positions."""
+
+    shared: Any = None
+    """What an architecture computes once per call from the positions: rotary angles, a position bias."""
+    mask: Tensor | None
+    """Boolean, broadcastable to [R, 1, T, cached + T], true where attended; None: plain causality, or one query that sees all."""
+    last_mask: Tensor | None
+    """The mask of the last new position alone, [R, 1, 1, cached + T]; None where it sees everything."""
+
+    @abstractmethod
+    def positions(self, device: torch.device) -> Tensor:
+        """Position of every new entry, [T] or [R, T]; padding entries have position 0."""
+
+    @abstractmethod
+    def write(self, store: Tensor, new: Tensor) -> Tensor:
+        """Put ``new`` [R, H, T, E] into its slots of ``store`` [B, H, C + 1, E]; return what the queries may look at."""
+
+    @abstractmethod
+    def gather(self, store: Tensor) -> Tensor:
+        """Entries of ``store`` [B, C + 1, D] at the new positions, [R, T, D]; padding holds whatever the spare slot does."""
+
+    @abstractmethod
+    def scatter(self, store: Tensor, new: Tensor) -> None:
+        """Inverse of :meth:`gather`: ``new`` [R, T, D] into ``store`` [B, C + 1, D]."""
+
+    def select(self, rows: Tensor) -> Tensor:
+        """The rows of a per-row tensor [B, ...] that take part, [R, ...]."""
+        return rows
+
+
+class ContiguousSpan(Span):
+    """All rows of the cache, each with the same T positions from ``start`` on: no index tensor, no copy."""
+
+    def __init__(self, start: int, n_new: int, device: torch.device) -> None:
+        self.start = start
+        self.stop = start + n_new
+        self.mask = causal_mask(n_new, start, device)
+        self.last_mask = None
+
+    def positions(self, device: torch.device) -> Tensor:
+        return torch.arange(self.start, self.stop, device=device)
+
+    def write(self, store: Tensor, new: Tensor) -> Tensor:
+        if self.stop > store.shape[2] - 1:
+            raise ValueError(f"cache holds {store.shape[2] - 1} positions, {self.stop} are needed")
+        store[:, :, self.start : self.stop] = new
+        return store[:, :, : self.stop]
+
+    def gather(self, store: Tensor) -> Tensor:
+        return store[:, self.start : self.stop]
+
+    def scatter(self, store: Tensor, new: Tensor) -> None:
+        store[:, self.start : self.stop] = new
+
+
+class RaggedSpan(Span):
+    """Some rows of the cache, each with its own new positions, aligned on the right.
+
+    Row r has positions ``starts[r]`` to ``stops[r] - 1``; shorter rows begin with padding, which goes to the spare slot C
+    that nobody attends to, so it changes nothing.
+    """
+
+    def __init__(
+        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int], n_rows: int, device: torch.device
+    ) -> None:
+        n_new = max(stop - start for start, stop in zip(starts, stops, strict=True))
+        stops_column = torch.tensor(stops, device=device)[:, None]
+        positions = stops_column - n_new + torch.arange(n_new, device=device)
+        is_padding = positions < torch.tensor(starts, device=device)[:, None]
+        self.visible = max(stops)
+        self._positions = positions.masked_fill(is_padding, 0)
+        self._slots = self._positions.masked_fill(is_padding, -1)  # the last slot is the spare one
+        self._rows = torch.tensor(rows, device=device)
+        self._all_rows = list(rows) == list(range(n_rows))
+        self.mask = (torch.arange(self.visible, device=device) <= self._positions[:, :, None])[:, None]
+        self.last_mask = self.mask[:, :, -1:]
+
+    def positions(self, device: torch.device) -> Tensor:
+        return self._positions
+
+    def write(self, store: Tensor, new: Tensor) -> Tensor:
+        store[self._rows[:, None], :, self._slots] = new.transpose(1, 2)
+        return self.select(store[:, :, : self.visible])
+
+    def select(self, rows: Tensor) -> Tensor:
+        return rows if self._all_rows else rows.index_select(0, self._rows)
+
+    def gather(self, store: Tensor) -> Tensor:
+        return store[self._rows[:, None], self._slots]
+
+    def scatter(self, store: Tensor, new: Tensor) -> None:
+        store[self._rows[:, None], self._slots] = new
+
+
+class LayerCache:
+    """Keys and values of one block, preallocated: [B, H, C + 1, E] each; the last slot takes the padding of ragged calls.
+
+    One object belongs to one block, be it a backbone's or an exit transformer's.  It does not know how much of it is
+    valid: spans say where to write and how far to look.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        n_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory: Memory | None = None,
+    ) -> None:
+        shape = (batch_size, n_heads, capacity + 1, head_dim)
+        # Zeros, not garbage: a masked slot still meets the arithmetic, and NaN would outlive its mask.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.memory = memory
+        self.cross: tuple[Tensor, Tensor] | None = None
+        """Keys and values of ``memory``, [B, H, S, E] each; filled by the block's first call."""
+
+    def update(self, key: Tensor, value: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store [R, H, T, E] new keys and values; return all that the queries may look at, [R, H, cached + T, E]."""
+        return span.write(self.keys, key), span.write(self.values, value)
+
+    def take_rows(self, rows: Tensor) -> None:
+        """Make row i what row ``rows[i]`` was; rows may be dropped or repeated."""
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        if self.cross is not None:
+            self.cross = (self.cross[0].index_select(0, rows), self.cross[1].index_select(0, rows))
+        if self.memory is not None:
+            self.memory = self.memory.take_rows(rows)
+
+
+def causal_mask(n_new: int, n_past: int, device: torch.device) -> Tensor | None:
+    """Boolean mask [1, 1, T, P + T], true where attended; None where the attention kernel's own causality suffices.
+
+    Attention kernels align their causal mask with the first key, which is right only without cached positions; a single
+    query sees everything.
+    """
+    if n_new == 1 or n_past == 0:
+        return None
+    return torch.ones(n_new, n_past + n_new, dtype=torch.bool, device=device).tril(n_past)[None, None]
