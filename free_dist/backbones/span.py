@@ -94,7 +94,14 @@ class RaggedSpan(Span):
     """
 
     def __init__(
-        self, rows: Sequence[int], starts: Sequence[int], stops: Sequence[int], n_rows: int, device: torch.device
+        self,
+        rows: Sequence[int],
+        starts: Sequence[int],
+        stops: Sequence[int],
+        *,
+        n_rows: int,
+        capacity: int,
+        device: torch.device,
     ) -> None:
         n_new = max(stop - start for start, stop in zip(starts, stops, strict=True))
         stops_column = torch.tensor(stops, device=device)[:, None]
@@ -102,9 +109,11 @@ class RaggedSpan(Span):
         is_padding = positions < torch.tensor(starts, device=device)[:, None]
         self.visible = max(stops)
         self._positions = positions.masked_fill(is_padding, 0)
-        self._slots = self._positions.masked_fill(is_padding, -1)  # the last slot is the spare one
+        self._slots = self._positions.masked_fill(is_padding, capacity)  # the spare slot
         self._rows = torch.tensor(rows, device=device)
         self._all_rows = list(rows) == list(range(n_rows))
+        self._entries = (self._rows[:, None] * (capacity + 1) + self._slots).flatten()
+        self._head_entries: Tensor | None = None
         self.mask = (torch.arange(self.visible, device=device) <= self._positions[:, :, None])[:, None]
         self.last_mask = self.mask[:, :, -1:]
 
@@ -112,17 +121,22 @@ class RaggedSpan(Span):
         return self._positions
 
     def write(self, store: Tensor, new: Tensor) -> Tensor:
-        store[self._rows[:, None], :, self._slots] = new.transpose(1, 2)
+        # One index over the flattened cache: several times faster than indexing two dimensions of it.
+        n_heads, n_slots, width = store.shape[1:]
+        if self._head_entries is None:
+            heads = self._rows[:, None, None] * n_heads + torch.arange(n_heads, device=store.device)[:, None]
+            self._head_entries = (heads * n_slots + self._slots[:, None]).flatten()
+        store.view(-1, width).index_copy_(0, self._head_entries, new.reshape(-1, width))
         return self.select(store[:, :, : self.visible])
 
     def select(self, rows: Tensor) -> Tensor:
         return rows if self._all_rows else rows.index_select(0, self._rows)
 
     def gather(self, store: Tensor) -> Tensor:
-        return store[self._rows[:, None], self._slots]
+        return store.view(-1, store.shape[2]).index_select(0, self._entries).view(*self._slots.shape, store.shape[2])
 
     def scatter(self, store: Tensor, new: Tensor) -> None:
-        store[self._rows[:, None], self._slots] = new
+        store.view(-1, store.shape[2]).index_copy_(0, self._entries, new.reshape(-1, new.shape[2]))
 
 
 class LayerCache:

@@ -3,7 +3,17 @@
 from free_dist.decoding.cache import Counts, PendingCache
 from free_dist.decoding.decoder import Decoder, DecoderOptions
 from free_dist.decoding.generate import generate
-from free_dist.decoding.policy import Decision, ExitPolicy, MaxProbPolicy, Scores
+from free_dist.decoding.policy import (
+    Decision,
+    EntropyPolicy,
+    ExitPolicy,
+    MarginPolicy,
+    MaxProbPolicy,
+    PatiencePolicy,
+    Scores,
+    ThresholdTable,
+    make_policy,
+)
 from free_dist.decoding.result import Generation, GenerationResult, TokenRecord
 
 __all__ = [
@@ -11,12 +21,17 @@ __all__ = [
     "Decision",
     "Decoder",
     "DecoderOptions",
+    "EntropyPolicy",
     "ExitPolicy",
     "Generation",
     "GenerationResult",
+    "MarginPolicy",
     "MaxProbPolicy",
+    "PatiencePolicy",
     "PendingCache",
     "Scores",
+    "ThresholdTable",
     "TokenRecord",
     "generate",
+    "make_policy",
 ]

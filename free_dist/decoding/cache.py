@@ -202,7 +202,12 @@ class PendingCache:
             span = ContiguousSpan(start, stop - start, self.device)
             return self._backbone.with_shared(span, self.device)
         ragged = RaggedSpan(
-            rows, [starts[row] for row in rows], [stops[row] for row in rows], self.n_rows, self.device
+            rows,
+            [starts[row] for row in rows],
+            [stops[row] for row in rows],
+            n_rows=self.n_rows,
+            capacity=self._capacity,
+            device=self.device,
         )
         return self._backbone.with_shared(ragged, self.device)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone, Start
+from free_dist.decoding.ask import ExitInquiry
 from free_dist.decoding.cache import Counts, PendingCache
 from free_dist.decoding.policy import ExitPolicy, Scores
 from free_dist.decoding.result import GenerationResult, TokenRecord
@@ -79,6 +80,11 @@ class _Row:
     drafted: int = 0
     accepted: int = 0
 
+    @property
+    def answered(self) -> int:
+        """Answer tokens so far, drafts included: the position of the next one."""
+        return len(self.records) + len(self.drafts)
+
 
 class Decoder:
     """Rows being decoded; :meth:`step` until :attr:`rows_left` is 0."""
@@ -95,17 +101,9 @@ class Decoder:
         """``bank``, ``policy`` and ``checks`` come together or not at all."""
         self._backbone = backbone
         self._options = options
-        self._policy = policy
-        self._checks = checks
-        self.active: tuple[int, ...] = ()
-        """Indices into the bank of the exits that can fire."""
-        exits = []
-        if bank is not None:
-            assert policy is not None
-            self.active = tuple(index for index in range(len(bank.exit_layers)) if policy.is_active(index))
-            exits = [(bank.exit_layers[index], bank.transformers[index]) for index in self.active]
+        self._exits = ExitInquiry(backbone, bank, policy, checks)
         capacity = start.hidden.shape[1] + options.max_new_tokens - 1  # the last token is never read
-        self.cache = PendingCache(backbone, exits, start, capacity)  # type: ignore[arg-type]
+        self.cache = PendingCache(backbone, self._exits.exits, start, capacity)
         self._live = [_Row(index, length - 1) for index, length in enumerate(start.lengths)]
         self._rows = list(self._live)
         self._last = len(self.cache.segments) - 1
@@ -142,39 +140,24 @@ class Decoder:
             self._drop_finished()
 
     def _check(self, segment: int, places: list[int], hidden: Tensor) -> None:
-        """Ask the exit after ``segment`` about the rows at ``places``, whose last states are ``hidden`` [R, D]."""
-        assert self._policy is not None and self._checks is not None  # noqa: PT018
-        index = self.active[segment]
-        asked = [i for i, place in enumerate(places) if self._may_check(self._live[place], index)]
+        """Ask the exit behind ``segment`` about the rows at ``places``, whose last states are ``hidden`` [R, D]."""
+        asked = [i for i, place in enumerate(places) if self._may_check(self._live[place], segment)]
         if len(asked) < len(places):
             if not asked:
                 return
             places, hidden = [places[i] for i in asked], hidden[asked]
-        likely = self._checks.may_exit(index, hidden)
-        if likely is not None:
-            places = [place for place, keep in zip(places, likely.tolist(), strict=True) if keep]
-            if not places:
-                return
-        features = self._backbone.final_norm(self.cache.run_exit(segment, places))
-        likely = self._checks.looks_final(index, features)
-        if likely is not None:
-            flags = likely.tolist()
-            if not all(flags):
-                places = [place for place, keep in zip(places, flags, strict=True) if keep]
-                if not places:
-                    return
-                features = features[likely]
-        scores = self._checks.scores(index, features)
-        self.cache.count_heads(places)
         rows = [self._live[place] for place in places]
-        positions = [len(row.records) + len(row.drafts) for row in rows]
-        decision = self._policy.decide(index, scores, positions, [row.earlier for row in rows])
-        tokens = decision.tokens.tolist()
+        positions = [row.answered for row in rows]
+        verdict = self._exits.ask(self.cache, segment, places, hidden, positions, [row.earlier for row in rows])
+        if verdict is None:
+            return
+        places, scores, decision, tokens = verdict
+        rows = [self._live[place] for place in places]
         if True not in decision.emit:
             for row, token in zip(rows, tokens, strict=True):
                 row.earlier.append(token)
             return
-        probabilities = None
+        predicted, probabilities = tokens, None
         if self._options.sampler is not None:
             probabilities = self._options.sampler.probabilities(scores, self._backbone.vocab_size)
             tokens = self._options.sampler.draw(probabilities).tolist()
@@ -182,13 +165,15 @@ class Decoder:
         going_on: list[int] = []
         for i, (place, row) in enumerate(zip(places, rows, strict=True)):
             if not decision.emit[i]:
-                row.earlier.append(tokens[i])
+                row.earlier.append(predicted[i])
                 continue
-            draft = _Draft(tokens[i], layer, decision.confidences[i], None if probabilities is None else probabilities[i])
+            draft = _Draft(
+                tokens[i], layer, decision.confidences[i], None if probabilities is None else probabilities[i]
+            )
             if self._options.lossless:
                 row.drafts.append(draft)
                 row.drafted += 1
-                if draft.token == self._options.eos or positions[i] + 1 == self._options.max_new_tokens:
+                if draft.token == self._options.eos or row.answered == self._options.max_new_tokens:
                     row.verifying = True  # nothing is left to draft: on to full depth without a new position
                     continue
             else:
@@ -197,14 +182,13 @@ class Decoder:
                 going_on.append(place)
         self._read_tokens(going_on)
 
-    def _may_check(self, row: _Row, exit_index: int) -> bool:
+    def _may_check(self, row: _Row, segment: int) -> bool:
         if row.verifying:
             return False
         if self._draft_length is not None and len(row.drafts) >= self._draft_length.current:
             row.verifying = True
             return False
-        assert self._policy is not None
-        return self._policy.is_active_at(exit_index, len(row.records) + len(row.drafts))
+        return self._exits.is_active_at(segment, row.answered)
 
     def _read_full_depth(self, places: list[int]) -> None:
         """Run the last segment, and emit what it says or verify drafts with it."""
@@ -304,7 +288,7 @@ class Decoder:
 
     def _new_draft_length(self) -> DraftLength:
         """Costs in blocks: a draft runs the blocks below the first exit and the exit, and its head weighs about a block."""
-        shallow = self.cache.segments[0][1] if self.active else 0
+        shallow = self.cache.segments[0][1] if self._exits.active else 0
         deep = self._backbone.n_blocks - shallow
         return DraftLength(self._options.max_draft_tokens, draft_cost=shallow + 2.0, verify_cost=deep + 1.0)
 

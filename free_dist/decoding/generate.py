@@ -17,8 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from free_dist.backbones import Backbone
 from free_dist.config import UserError
+from free_dist.decoding.beam import BeamOptions, beam_search
 from free_dist.decoding.decoder import Decoder, DecoderOptions
-from free_dist.decoding.policy import ExitPolicy, MaxProbPolicy
+from free_dist.decoding.policy import ExitPolicy, MaxProbPolicy, Thresholds
 from free_dist.decoding.result import Generation
 from free_dist.decoding.sampling import Sampler
 from free_dist.exits import ExitBank
@@ -36,7 +37,7 @@ def generate(
     prompt_ids: Prompts,
     *,
     max_new_tokens: int,
-    thresholds: float | Sequence[float] | ExitPolicy | None = None,
+    thresholds: Thresholds | ExitPolicy | None = None,
     checks: ExitChecks | None = None,
     lossless: bool = False,
     max_draft_tokens: int = 16,
@@ -45,6 +46,9 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | str = False,
     eos: int | None = None,
     streamer: BaseStreamer | None = None,
     stopping_criteria: StoppingCriteriaList | None = None,
@@ -53,11 +57,13 @@ def generate(
     """Decode B images [B, 3, height, width] with B prompts, placeholders included; every row exits on its own.
 
     Without a bank, or with every threshold at 1 or above, this is the full model: the tokens of Hugging Face's ``generate``.
-    ``thresholds`` is one confidence threshold, one per exit, or a policy; it must be given with a bank.  ``checks`` makes
+    ``thresholds`` is one confidence threshold, one per exit, one row of answer positions per exit, or a policy; it must be given with a bank.  ``checks`` makes
     asking an exit cheaper.  ``lossless`` verifies what exits emit, at most ``max_draft_tokens`` at a time: greedy tokens are
     those of the full model, sampled ones have its distribution.  ``prefix`` [B, Q, D] replaces ``pixel_values`` when the
     images are encoded already.  ``eos`` ends an answer (None: the backbone's own; a negative id: never).  A ``streamer``
     gets the tokens of the one row as they become final; ``stopping_criteria`` see each row's prompt and tokens [1, n].
+    ``num_beams`` above 1 searches with so many beams, each exiting on its own, and returns the best hypothesis with its score;
+    ``length_penalty`` and ``early_stopping`` (True, False, "never") are transformers' and matter only then.
 
     Raises UserError for unusable thresholds, sampling arguments, ``max_new_tokens`` below 1 or more positions than the
     backbone has; plain ValueError for shapes that do not fit, a missing threshold, exits that do not fit the backbone, or
@@ -67,7 +73,9 @@ def generate(
     if prefix is None:
         if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[0] != len(prompts):
             shape = None if pixel_values is None else list(pixel_values.shape)
-            raise ValueError(f"want pixel_values [B, 3, h, w] with one image per prompt, got {shape} for {len(prompts)} prompts")
+            raise ValueError(
+                f"want pixel_values [B, 3, h, w] with one image per prompt, got {shape} for {len(prompts)} prompts"
+            )
         prefix = backbone.encode_prefix(pixel_values)
     if prefix.shape[0] != len(prompts):
         raise ValueError(f"prefix has {prefix.shape[0]} rows for {len(prompts)} prompts")
@@ -75,6 +83,20 @@ def generate(
         raise UserError(f"max_new_tokens={max_new_tokens}: want at least 1")
     if max_draft_tokens < 1:
         raise UserError(f"max_draft_tokens={max_draft_tokens}: want at least 1")
+    beams = None
+    if num_beams != 1:
+        if lossless or do_sample or streamer is not None or stopping_criteria is not None:
+            raise UserError(
+                f"num_beams={num_beams} does not go with lossless, do_sample, streamer or stopping_criteria: beams compete "
+                "to the end, and no token is final before; drop those, or set num_beams=1"
+            )
+        beams = BeamOptions(
+            num_beams=num_beams,
+            max_new_tokens=max_new_tokens,
+            eos=backbone.layout.eos_token_id if eos is None else eos,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"a streamer follows one row, got {len(prompts)} prompts")
     policy = None if bank is None else _policy(backbone, bank, thresholds)
@@ -113,6 +135,9 @@ def generate(
     )
     if bank is not None and checks is None:
         checks = ExitChecks(FullHead(bank.lm_head))
+    if beams is not None:
+        rows, calls = beam_search(backbone, bank, policy, checks, start, beams)
+        return Generation(rows=rows, pad_token_id=backbone.layout.pad_token_id, calls=calls)
     decoder = Decoder(backbone, bank, policy, checks, start, options)
     while decoder.rows_left:
         decoder.step()
@@ -138,7 +163,7 @@ def _prompts(prompt_ids: Prompts) -> list[list[int]]:
     return prompts
 
 
-def _policy(backbone: Backbone, bank: ExitBank, thresholds: float | Sequence[float] | ExitPolicy | None) -> ExitPolicy:
+def _policy(backbone: Backbone, bank: ExitBank, thresholds: Thresholds | ExitPolicy | None) -> ExitPolicy:
     """The policy behind ``thresholds``, after checking that the exits fit the backbone and are in evaluation mode."""
     # A fresh wrapper says "training" although its blocks do not: the blocks are what dropout listens to.
     if any(module.training for exit_transformer in bank.transformers for module in exit_transformer.children()):
@@ -152,8 +177,5 @@ def _policy(backbone: Backbone, bank: ExitBank, thresholds: float | Sequence[flo
     if thresholds is None:
         raise ValueError("thresholds: give one for all exits, one per exit, or a policy (1 or more never exits)")
     if isinstance(thresholds, (int, float, Sequence)):
-        try:
-            return MaxProbPolicy(thresholds, len(bank.exit_layers))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return MaxProbPolicy(thresholds, len(bank.exit_layers))
     return thresholds
