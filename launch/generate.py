@@ -1,84 +1,319 @@
 #!/usr/bin/env python
-"""Answer one prompt about one image with early exits; shows where each token was emitted and what it cost."""
+"""Answer a prompt about images with early exits; every token is coloured by the exit it left from.
+
+Several images are answered in one batch. On a terminal a single answer appears token by token, as tokens become final. Colours
+need a terminal; NO_COLOR switches them off, FORCE_COLOR on.
+"""
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
+import os
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from free_dist.config import EMBEDDED_BACKBONE, MissingFileError, UserError
+from free_dist.config import (
+    EMBEDDED_BACKBONE,
+    TASKS,
+    ConfigError,
+    DataConfig,
+    DecodingConfig,
+    MissingFileError,
+    UserError,
+)
 from free_dist.recipe_io import fail_clearly
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from free_dist.data.samples import SampleEncoder
+    from free_dist.decoding.pipeline import Answer
+    from free_dist.decoding.policy import ExitPolicy
+
+DEFAULT_EXITS = Path("runs/quickstart/exits/export")
+POLICIES = ("max_prob", "entropy", "margin", "patience")
+EXIT_COLOURS = (
+    "green", "cyan", "yellow", "magenta", "blue", "bright_green", "bright_cyan", "bright_yellow", "bright_magenta",
+    "bright_blue",
+)  # fmt: skip
+FULL_DEPTH_COLOUR = "red"
 
 
 def main() -> None:
+    parser = build_parser()
+    arguments = parser.parse_args()
+    with fail_clearly(parser):
+        check_arguments(arguments)
+        for path in arguments.images:
+            check_image(path)
+        run(arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--exits", type=Path, required=True, help="directory with exits.safetensors and exits.json")
-    parser.add_argument("--image", type=Path, required=True, help="image file (PNG or JPEG)")
-    parser.add_argument("--prompt", required=True, help='such as "Question: what color is the shape? Answer:"')
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file (PNG or JPEG)")
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--question", metavar="TEXT", help=f'asked as "{DataConfig.question_prompt}"')
+    prompts.add_argument("--prompt", metavar="TEXT", help="the whole text before the answer, as it is")
+    prompts.add_argument(
+        "--caption", action="store_true", help=f'describe the image: "{DataConfig.caption_prompt} ..."'
+    )
+    parser.add_argument(
+        "--exits", type=Path, default=DEFAULT_EXITS, metavar="DIR",
+        help="directory with exits.safetensors and exits.json (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--backbone", default=EMBEDDED_BACKBONE, help="Hugging Face directory, or embedded (default: %(default)s)"
     )
-    parser.add_argument(
-        "--threshold",
-        type=confidence,
-        metavar="CONFIDENCE",
-        help="for every exit: 0 always exits, 1 or more never; default: as exported",
+    parser.add_argument("--json", action="store_true", help="one JSON object per image and line, nothing else")
+    parser.add_argument("--no-color", action="store_true", help="no colours, even on a terminal")
+
+    exits = parser.add_argument_group("exits")
+    exits.add_argument(
+        "--threshold", type=confidences, metavar="CONFIDENCE",
+        help="for every exit, or one per exit as in 0.9,0.8,0.7: 0 always exits, 1 or more never; default: as exported",
+    )  # fmt: skip
+    exits.add_argument(
+        "--policy", choices=POLICIES, default="max_prob", help="what confidence is (default: %(default)s)"
     )
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive_integer,
-        default=32,
-        metavar="TOKENS",
+    exits.add_argument(
+        "--patience", type=positive_integer, metavar="EXITS",
+        help="exits in a row that must agree, with --policy patience (default: 2)",
+    )  # fmt: skip
+    exits.add_argument(
+        "--calibrated", choices=TASKS, metavar="TASK", help=f"thresholds of launch/calibrate.py for {', '.join(TASKS)}"
+    )
+    exits.add_argument(
+        "--lossless", action="store_true", help="exits only draft: the full model checks every token before it is final"
+    )
+
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument(
+        "--max-new-tokens", type=positive_integer, default=DecodingConfig.max_new_tokens, metavar="TOKENS",
         help="longest answer (default: %(default)s)",
+    )  # fmt: skip
+    decoding.add_argument(
+        "--num-beams",
+        type=positive_integer,
+        default=1,
+        metavar="BEAMS",
+        help="beam search above 1 (default: %(default)s)",
     )
-    arguments = parser.parse_args()
-    with fail_clearly(parser):
-        answer(arguments, read_image(arguments.image))
+    decoding.add_argument("--do-sample", action="store_true", help="draw tokens instead of taking the most likely")
+    decoding.add_argument(
+        "--temperature", type=temperature, help="with --do-sample: below 1 is more careful (default: 1)"
+    )
+    decoding.add_argument(
+        "--top-k", type=positive_integer, metavar="K", help="with --do-sample: only the K most likely"
+    )
+    decoding.add_argument(
+        "--top-p",
+        type=share,
+        metavar="P",
+        help="with --do-sample: only the most likely, up to a probability of P in all",
+    )
+    decoding.add_argument("--seed", type=int, help="with --do-sample: draws repeat with their seed (default: 0)")
+    return parser
 
 
-def answer(arguments: argparse.Namespace, image: bytes) -> None:
-    """Generate and print the answer and, per token, where it was emitted."""
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Flags that do not go together, and exits that are not there; before torch is imported."""
     if not arguments.exits.is_dir():
-        raise MissingFileError(f"--exits {arguments.exits}: no such directory")
-
-    from free_dist.data.pretrained import load_pretrained
-    from free_dist.data.samples import Turn
-    from free_dist.decoding import generate
-    from free_dist.exits.export import load_exits, read_exits_manifest
-
-    thresholds = read_exits_manifest(arguments.exits).thresholds if arguments.threshold is None else arguments.threshold
-    backbone, encoder = load_pretrained(arguments.backbone)
-    bank = load_exits(backbone, arguments.exits)
-    pixel_values = encoder.encode_image(image)[None]
-    prompt_ids = encoder.encode_prompt([Turn(prompt=arguments.prompt, answer="")])
-    result = generate(
-        backbone, bank, pixel_values, prompt_ids, thresholds=thresholds, max_new_tokens=arguments.max_new_tokens
-    )
-
-    print(encoder.decode(result.tokens))
-    print(f"\n{'token':<16}{'exit layer':>12}{'blocks':>8}{'confidence':>12}")
-    for record in result.records:
-        layer = "full" if record.exit_layer is None else str(record.exit_layer)
-        confidence = "" if record.confidence is None else f"{record.confidence:.3f}"
-        print(f"{encoder.tokenizer.decode([record.token])!r:<16}{layer:>12}{record.blocks:>8}{confidence:>12}")
-    checks = f"{result.exit_calls} exit checks, {result.head_calls} heads"
-    print(f"mean backbone blocks {result.mean_backbone_blocks:.2f} of {result.n_blocks}; {checks}")
+        made_by = "make quickstart" if arguments.exits == DEFAULT_EXITS else "launch/train.py"
+        raise MissingFileError(f"--exits {arguments.exits}: no such directory; {made_by} writes one")
+    for name in ("temperature", "top_k", "top_p", "seed"):
+        if vars(arguments)[name] is not None and not arguments.do_sample:
+            raise ConfigError(f"--{name.replace('_', '-')} has a meaning only with --do-sample; add that, or drop it")
+    if arguments.num_beams > 1 and (arguments.do_sample or arguments.lossless):
+        other = "--do-sample" if arguments.do_sample else "--lossless"
+        raise ConfigError(f"--num-beams {arguments.num_beams} does not go with {other}; drop one of them")
+    if arguments.patience is not None and arguments.policy != "patience":
+        raise ConfigError("--patience has a meaning only with --policy patience")
+    if arguments.policy in ("entropy", "margin") and arguments.threshold is None:
+        raise ConfigError(f"--policy {arguments.policy}: exported thresholds are for max_prob; give --threshold")
+    if arguments.calibrated and (arguments.threshold is not None or arguments.policy != "max_prob"):
+        other = "--policy" if arguments.threshold is None else "--threshold"
+        raise ConfigError(f"--calibrated brings its own thresholds, for max_prob; drop {other}")
 
 
-def read_image(path: Path) -> bytes:
-    """The bytes of an image file that can be decoded; raises MissingFileError or UserError."""
+def check_image(path: Path) -> None:
+    """Raises MissingFileError or UserError for a file that is no image."""
     if not path.is_file():
-        raise MissingFileError(f"--image {path}: no such file")
-    content = path.read_bytes()
+        raise MissingFileError(f"IMAGE {path}: no such file")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
             image.load()
     except (OSError, SyntaxError) as error:  # Pillow reports some damaged PNG files as a SyntaxError
-        raise UserError(f"--image {path}: not a readable image; give a PNG or JPEG file") from error
-    return content
+        raise UserError(f"IMAGE {path}: not a readable image; give a PNG or JPEG file") from error
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Generate, and print the answers."""
+    import torch
+    from rich.live import Live
+    from rich.text import Text
+    from transformers.utils.logging import disable_progress_bar
+
+    from free_dist.data.pretrained import load_pretrained
+    from free_dist.decoding.pipeline import GrowingText, answer
+    from free_dist.exits.export import load_exits
+
+    disable_progress_bar()
+    policy, note = choose_policy(arguments)
+    backbone, encoder = load_pretrained(arguments.backbone)
+    bank = load_exits(backbone, arguments.exits)
+    prompt = prompt_text(arguments)
+    options: dict = {"num_beams": arguments.num_beams, "lossless": arguments.lossless}
+    if arguments.do_sample:
+        device = next(backbone.parameters()).device
+        options |= {
+            "do_sample": True,
+            "temperature": 1.0 if arguments.temperature is None else arguments.temperature,
+            "top_k": arguments.top_k,
+            "top_p": arguments.top_p,
+            "generator": torch.Generator(device).manual_seed(arguments.seed or 0),
+        }
+    console = new_console(no_color=arguments.no_color)
+    is_streamed = len(arguments.images) == 1 and arguments.num_beams == 1 and sys.stdout.isatty() and not arguments.json
+    # What grows is wiped away at the end: the exit of a token is known with the answer, which is then printed in colours.
+    with Live(console=console, auto_refresh=False, transient=True) if is_streamed else nullcontext() as live:
+        if live is not None:
+            options["streamer"] = GrowingText(encoder, lambda text: live.update(Text(text), refresh=True))
+        answers = answer(
+            backbone, encoder, bank, arguments.images, prompt,
+            thresholds=policy, max_new_tokens=arguments.max_new_tokens, **options,
+        )  # fmt: skip
+    for path, found in zip(arguments.images, answers, strict=True):
+        if arguments.json:
+            print(json.dumps(as_json(path, prompt, found), allow_nan=False))
+            continue
+        if len(answers) > 1:
+            console.print(str(path), style="bold", markup=False, highlight=False, soft_wrap=True)
+        show(console, found, bank.exit_layers, encoder)
+    if note and not arguments.json:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def choose_policy(arguments: argparse.Namespace) -> tuple[ExitPolicy, str]:
+    """The exit policy that the flags ask for, and what is promised about it (empty: nothing)."""
+    from free_dist.decoding.policy import make_policy
+    from free_dist.exits.export import read_exits_manifest
+
+    manifest = read_exits_manifest(arguments.exits)
+    thresholds: float | tuple[float, ...] = manifest.thresholds
+    note = ""
+    if arguments.calibrated:
+        from free_dist.evaluation.calibration import read_calibration
+
+        calibration = read_calibration(arguments.exits, arguments.calibrated)
+        thresholds = calibration.thresholds
+        is_covered = (
+            not arguments.do_sample
+            and arguments.num_beams == 1
+            and calibration.settings["decoding.max_new_tokens"] == arguments.max_new_tokens
+        )
+        if is_covered:
+            note = f"promised for images like those of the calibration split: {calibration.guarantee}"
+        else:
+            limit = calibration.settings["decoding.max_new_tokens"]
+            note = f"calibrated for greedy decoding with --max-new-tokens {limit}: nothing is promised for these flags"
+    elif arguments.threshold is not None:
+        thresholds = arguments.threshold[0] if len(arguments.threshold) == 1 else arguments.threshold
+    elif arguments.policy == "patience":
+        thresholds = 0.0  # agreement alone decides
+    n_exits = len(manifest.exit_layers)
+    if arguments.threshold is not None and len(arguments.threshold) not in (1, n_exits):
+        raise ConfigError(
+            f"--threshold: {len(arguments.threshold)} values for {n_exits} exits (after blocks "
+            f"{', '.join(map(str, manifest.exit_layers))}); give one for all, or one per exit"
+        )
+    patience = 2 if arguments.patience is None else arguments.patience
+    return make_policy(arguments.policy, thresholds, n_exits, patience=patience), note
+
+
+def prompt_text(arguments: argparse.Namespace) -> str:
+    """The whole prompt that the flags ask for."""
+    if arguments.caption:
+        return DataConfig.caption_prompt
+    if arguments.question is not None:
+        return DataConfig.question_prompt.replace("{question}", arguments.question)
+    return arguments.prompt
+
+
+def new_console(*, no_color: bool) -> Console:
+    """Standard output; plain text unless it is a terminal, or FORCE_COLOR is set."""
+    from rich.console import Console
+
+    plain = no_color or bool(os.environ.get("NO_COLOR"))
+    return Console(color_system=None if plain else "auto", no_color=plain, width=None if sys.stdout.isatty() else 120)
+
+
+def show(console: Console, found: Answer, exit_layers: tuple[int, ...], encoder: SampleEncoder) -> None:
+    """Print one answer, the legend of its colours, and the table of its tokens."""
+    from rich.table import Table
+    from rich.text import Text
+
+    result = found.result
+    colours: dict[int | None, str] = {
+        layer: EXIT_COLOURS[i % len(EXIT_COLOURS)] for i, layer in enumerate(exit_layers)
+    } | {None: FULL_DEPTH_COLOUR}
+    text = Text()
+    for piece, record in zip(found.pieces, result.records, strict=True):
+        text.append(piece, style=colours[record.exit_layer])
+    console.print(text, soft_wrap=True)
+    if console.color_system is not None:
+        legend = Text("left after block: ")
+        for layer, colour in colours.items():
+            legend.append(f"{result.n_blocks} (full depth)" if layer is None else f"{layer}  ", style=colour)
+        console.print(legend)
+    console.print()
+    table = Table(box=None, pad_edge=False)
+    table.add_column("token")
+    for name in ("exit", "confidence", "blocks"):
+        table.add_column(name, justify="right")
+    for record in result.records:
+        table.add_row(
+            Text(repr(encoder.tokenizer.decode([record.token])), style=colours[record.exit_layer]),
+            "full" if record.exit_layer is None else str(record.exit_layer),
+            "" if record.confidence is None else f"{record.confidence:.3f}",
+            str(record.blocks),
+        )
+    console.print(table)
+    summary = f"mean backbone blocks {result.mean_backbone_blocks:.2f} of {result.n_blocks}"
+    summary += f"; {result.exit_calls} exit checks, {result.head_calls} heads"
+    if result.drafted:
+        summary += f"; {result.drafted} drafted, {result.accepted} accepted"
+    if result.score is not None:
+        summary += f"; score {result.score:.3f}"
+    console.print(summary, markup=False, highlight=False, soft_wrap=True)
+
+
+def as_json(path: Path, prompt: str, found: Answer) -> dict:
+    """One answer as plain values; lists have one entry per token, ``null`` exits are full depth."""
+    result = found.result
+    return {
+        "image": str(path),
+        "prompt": prompt,
+        "text": found.text,
+        "pieces": list(found.pieces),
+        "tokens": result.tokens,
+        "exits": result.exit_layers,
+        "confidences": result.confidences,
+        "blocks": result.blocks_executed,
+        "n_blocks": result.n_blocks,
+        "mean_backbone_blocks": result.mean_backbone_blocks,
+        "exit_calls": result.exit_calls,
+        "head_calls": result.head_calls,
+        "drafted": result.drafted,
+        "accepted": result.accepted,
+        "score": result.score,
+    }
 
 
 def positive_integer(text: str) -> int:
@@ -89,12 +324,28 @@ def positive_integer(text: str) -> int:
     return value
 
 
-def confidence(text: str) -> float:
-    """A command-line value of at least 0; NaN is refused too."""
+def temperature(text: str) -> float:
+    """A command-line value above 0; NaN is refused too."""
     value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text}: want a number from 0 (always exit) to 1 or more (never exit)")
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: want a number above 0")
     return value
+
+
+def share(text: str) -> float:
+    """A command-line value above 0 and at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: want a number above 0 and at most 1")
+    return value
+
+
+def confidences(text: str) -> tuple[float, ...]:
+    """Command-line values of at least 0, separated by commas; NaN is refused too."""
+    values = tuple(float(part) for part in text.split(","))
+    if not all(value >= 0 for value in values):
+        raise argparse.ArgumentTypeError(f"{text}: want numbers from 0 (always exit) to 1 or more (never exit)")
+    return values
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def generate(
     """Decode B images [B, 3, height, width] with B prompts, placeholders included; every row exits on its own.
 
     Without a bank, or with every threshold at 1 or above, this is the full model: the tokens of Hugging Face's ``generate``.
-    ``thresholds`` is one confidence threshold, one per exit, one row of answer positions per exit, or a policy; it must be given with a bank.  ``checks`` makes
+    ``thresholds`` is one confidence threshold, one per exit, one row of answer positions per exit, or a policy; it must be
+    given with a bank.  ``checks`` makes
     asking an exit cheaper.  ``lossless`` verifies what exits emit, at most ``max_draft_tokens`` at a time: greedy tokens are
     those of the full model, sampled ones have its distribution.  ``prefix`` [B, Q, D] replaces ``pixel_values`` when the
     images are encoded already.  ``eos`` ends an answer (None: the backbone's own; a negative id: never).  A ``streamer``
@@ -122,7 +123,7 @@ def generate(
     def should_stop(row: int, tokens: list[int]) -> bool:
         assert stopping_criteria is not None
         ids = torch.tensor([[*prompts[row], *tokens]], device=start.hidden.device)
-        return bool(stopping_criteria(ids, None)[0])  # type: ignore[arg-type]
+        return bool(stopping_criteria(ids, None)[0])
 
     options = DecoderOptions(
         max_new_tokens=max_new_tokens,

@@ -28,7 +28,9 @@ class Sampler:
     ) -> None:
         """``generator`` makes draws repeatable; None takes torch's default.  Raises UserError naming a bad argument."""
         if not temperature > 0:
-            raise UserError(f"temperature={temperature}: want a number above 0; for greedy decoding set do_sample=False")
+            raise UserError(
+                f"temperature={temperature}: want a number above 0; for greedy decoding set do_sample=False"
+            )
         if top_k is not None and top_k < 1:
             raise UserError(f"top_k={top_k}: want at least 1, or None for no limit")
         if top_p is not None and not 0 < top_p <= 1:
@@ -48,7 +50,7 @@ class Sampler:
         Tokens that a head leaves out have probability 0.
         """
         logits = scores.logits if scores.logits.dtype == torch.float64 else scores.logits.float()
-        probabilities = torch.softmax(self._warpers(None, logits), dim=-1)  # type: ignore[arg-type]
+        probabilities = torch.softmax(self._warpers(None, logits), dim=-1)
         if scores.ids is None:
             return probabilities
         whole = probabilities.new_zeros(probabilities.shape[0], vocab_size)

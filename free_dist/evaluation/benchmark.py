@@ -2,10 +2,11 @@
 
 Every decoder ("arm") answers a sample before any sees the next one, in an order drawn anew for each sample, so that
 drift of the machine hits all arms alike.  Vision tower and prefill are inside the clock; image decoding and
-tokenisation, the same for all, are outside.  Answers have their natural lengths.  Ratios are quotients of summed times
-over the samples both arms ran.
+tokenisation, the same for all, are outside.  Ratios are quotients of summed times over the samples both arms ran.
 
 Does not know tasks, scores or thresholds.  The number of threads is the caller's, and is recorded, not set.
+
+Shape letter: B prompts answered in one call.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone, Blip2Backbone
-from free_dist.decoding.generate import GenerationResult, generate
+from free_dist.decoding.generate import generate
+from free_dist.decoding.result import Generation
 from free_dist.exits import ExitBank
 
 RESAMPLES = 2000
@@ -30,13 +32,16 @@ RESAMPLES = 2000
 COLLECT_EVERY = 50
 """Samples between two garbage collections, which run outside the clock."""
 
+Prompt = list[int] | list[list[int]]
+"""Ids of one prompt, or of B prompts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What one arm produced for one sample."""
 
     tokens: tuple[int, ...]
-    """Generated ids; the closing end-of-answer token is included where it was generated."""
+    """Generated ids, row after row; the closing end-of-answer token is included where it was generated."""
     exits: tuple[int, ...]
     """Per token, the exit layer that emitted it; the number of blocks L for full depth."""
     blocks: int
@@ -53,8 +58,8 @@ class Decoded(NamedTuple):
     blocks: int
 
 
-Decode = Callable[[Tensor, list[int]], Decoded]
-"""(pixels [1, 3, height, width], prompt ids) -> Decoded."""
+Decode = Callable[[Tensor, Prompt], Decoded]
+"""(pixels [B, 3, height, width], prompt ids) -> Decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,58 +77,94 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompted:
-    """A sample ready for the clock."""
+    """A sample, or a batch of them, ready for the clock."""
 
     index: int
     """Place in the whole evaluation, over all ranks."""
     pixel_values: Tensor
-    """[1, 3, height, width]."""
-    prompt_ids: list[int]
+    """[B, 3, height, width]."""
+    prompt_ids: Prompt
 
 
-def full_arm(backbone: Backbone, *, max_new_tokens: int) -> Arm:
-    """Our own decoder at full depth, without any exit: method ``full``."""
+def full_arm(backbone: Backbone, *, max_new_tokens: int, eos: int | None = None) -> Arm:
+    """Our own decoder at full depth, without any exit: method ``full``; a negative ``eos`` never ends an answer."""
 
-    def decode(pixel_values: Tensor, prompt_ids: list[int]) -> Decoded:
-        return _decoded(generate(backbone, None, pixel_values, prompt_ids, max_new_tokens=max_new_tokens))
+    def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
+        return decoded(generate(backbone, None, pixel_values, prompt_ids, max_new_tokens=max_new_tokens, eos=eos))
 
     return Arm(method="full", threshold=None, decode=decode)
 
 
 def exits_arm(
-    backbone: Backbone, bank: ExitBank, *, threshold: float, max_new_tokens: int, method: str = "exits"
+    backbone: Backbone,
+    bank: ExitBank,
+    *,
+    threshold: float,
+    max_new_tokens: int,
+    method: str = "exits",
+    eos: int | None = None,
+    lossless: bool = False,
 ) -> Arm:
-    """Our decoder with early exits at one confidence threshold for all of them."""
+    """Our decoder with early exits at one confidence threshold for all of them; ``lossless`` verifies what they emit."""
 
-    def decode(pixel_values: Tensor, prompt_ids: list[int]) -> Decoded:
-        return _decoded(
-            generate(backbone, bank, pixel_values, prompt_ids, thresholds=threshold, max_new_tokens=max_new_tokens)
+    def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
+        generation = generate(
+            backbone,
+            bank,
+            pixel_values,
+            prompt_ids,
+            thresholds=threshold,
+            max_new_tokens=max_new_tokens,
+            eos=eos,
+            lossless=lossless,
         )
+        return decoded(generation)
 
     return Arm(method=method, threshold=threshold, decode=decode)
 
 
 def hf_arm(backbone: Blip2Backbone, *, max_new_tokens: int, stride: int = 1) -> Arm:
     """Hugging Face's own greedy ``generate`` with its KV cache, on the same model object and inputs: method ``hf``."""
-    eos, pad = backbone.layout.eos_token_id, backbone.layout.pad_token_id
 
-    @torch.inference_mode()
-    def decode(pixel_values: Tensor, prompt_ids: list[int]) -> Decoded:
-        input_ids = torch.tensor([prompt_ids], device=pixel_values.device)
-        output = backbone.model.generate(
-            pixel_values=pixel_values,
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=eos,
-            pad_token_id=pad,
-        )
-        tokens = output[0, len(prompt_ids) :].tolist()
-        return Decoded(tokens, [backbone.n_blocks] * len(tokens), backbone.n_blocks * len(tokens))
+    def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
+        return hf_generate(backbone, pixel_values, prompt_ids, max_new_tokens=max_new_tokens)
 
     return Arm(method="hf", threshold=None, decode=decode, stride=stride)
+
+
+@torch.inference_mode()
+def hf_generate(
+    backbone: Blip2Backbone,
+    pixel_values: Tensor,
+    prompt_ids: Prompt,
+    *,
+    max_new_tokens: int,
+    eos: int | None = None,
+    **options: object,
+) -> Decoded:
+    """Greedy ``generate`` of the wrapped model on one prompt; ``options`` are more of its arguments."""
+    layout = backbone.layout
+    input_ids = torch.tensor([prompt_ids], device=pixel_values.device)
+    output = backbone.model.generate(
+        pixel_values=pixel_values,
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=layout.eos_token_id if eos is None else eos,
+        pad_token_id=layout.pad_token_id,
+        **options,
+    )
+    tokens = output[0, len(prompt_ids) :].tolist()
+    return Decoded(tokens, [backbone.n_blocks] * len(tokens), backbone.n_blocks * len(tokens))
+
+
+def decoded(generation: Generation) -> Decoded:
+    """Rows of a generation one after the other; a call that rows share is counted once."""
+    tokens = [token for row in generation for token in row.tokens]
+    exits = [row.n_blocks if layer is None else layer for row in generation for layer in row.exit_layers]
+    return Decoded(tokens, exits, generation.calls.block_calls + generation.calls.exit_calls)
 
 
 def run_interleaved(
@@ -173,23 +214,31 @@ def ratio_with_interval(
     return float(top.sum() / bottom.sum()), (float(low), float(high))
 
 
-def _timed(arm: Arm, sample: Prompted) -> Answer:
-    _wait_for_device(sample.pixel_values.device)
-    start = time.perf_counter()
-    decoded = arm.decode(sample.pixel_values, sample.prompt_ids)
-    _wait_for_device(sample.pixel_values.device)
-    seconds = time.perf_counter() - start
-    return Answer(tokens=tuple(decoded.tokens), exits=tuple(decoded.exits), blocks=decoded.blocks, seconds=seconds)
+def median_with_interval(
+    values: Sequence[float], *, level: float = 0.95, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Median, and its percentile bootstrap interval over samples."""
+    if not len(values):
+        raise ValueError("no values: want at least 1")
+    array = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(0, len(array), (RESAMPLES, len(array)))
+    low, high = np.quantile(np.median(array[drawn], axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(np.median(array)), (float(low), float(high))
 
 
-def _decoded(result: GenerationResult) -> Decoded:
-    exits = [result.n_blocks if layer is None else layer for layer in result.exit_layers]
-    return Decoded(result.tokens, exits, sum(result.blocks_executed) + result.exit_calls)
-
-
-def _wait_for_device(device: torch.device) -> None:
+def wait_for_device(device: torch.device) -> None:
+    """Return when everything started on ``device`` is done, so that a clock read next is right."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _timed(arm: Arm, sample: Prompted) -> Answer:
+    wait_for_device(sample.pixel_values.device)
+    start = time.perf_counter()
+    found = arm.decode(sample.pixel_values, sample.prompt_ids)
+    wait_for_device(sample.pixel_values.device)
+    seconds = time.perf_counter() - start
+    return Answer(tokens=tuple(found.tokens), exits=tuple(found.exits), blocks=found.blocks, seconds=seconds)
 
 
 def _chain(opening: Iterable[Prompted], rest: Iterable[Prompted]) -> Iterator[Prompted]:

@@ -188,7 +188,7 @@ def _sample_row(sample: Sample, decoder: Backbone, exits: ExitBank, encoder: Sam
         prompt,
         thresholds=recipe.decoding.confidence_threshold,
         max_new_tokens=recipe.decoding.max_new_tokens,
-    )
+    )[0]
     where = " ".join("full" if layer is None else str(layer) for layer in result.exit_layers)
     cells = [sample.task, sample.turns[-1].prompt, sample.turns[-1].answer, encoder.decode(result.tokens), where]
     return "| " + " | ".join(cells) + " |"

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from free_dist.backbones import Blip2Backbone
+from free_dist.backbones import Blip2Backbone, LayerCache
 from free_dist.backbones.embedded import HEAD_TO_BLOCK, new_model
 
 
@@ -64,40 +64,87 @@ def test_rows_that_share_an_image_equal_rows_with_their_own(backbone, inputs) ->
     torch.testing.assert_close(shared.exits[0], own.exits[0], rtol=1e-5, atol=1e-5)
 
 
+def run(backbone: Blip2Backbone, hidden: torch.Tensor, caches: list[LayerCache], start: int) -> torch.Tensor:
+    span = backbone.new_span(start, hidden.shape[1], hidden.device)
+    with torch.no_grad():
+        return backbone.run_blocks(hidden, 0, len(caches), caches, span)
+
+
+def new_caches(backbone: Blip2Backbone, capacity: int, n_blocks: int = 4) -> list[LayerCache]:
+    return [backbone.new_layer_cache(3, capacity) for _ in range(n_blocks)]
+
+
 @pytest.mark.parametrize("split", [1, 8, 20])
 def test_cached_blocks_equal_uncached(backbone, inputs, split: int) -> None:
     pixels, ids = inputs
     prefix = backbone.encode_prefix(pixels)
-    whole = backbone.run_blocks(backbone.embed(ids, prefix), 0, backbone.n_blocks)
-    cache = backbone.new_cache(batch_size=3, capacity=ids.shape[1])
     hidden = backbone.embed(ids, prefix)
-    parts = [backbone.run_blocks(part, 0, backbone.n_blocks, cache) for part in (hidden[:, :split], hidden[:, split:])]
+    whole = backbone.run_blocks(hidden, 0, backbone.n_blocks)
+    caches = new_caches(backbone, ids.shape[1])
+    parts = [run(backbone, hidden[:, :split], caches, 0), run(backbone, hidden[:, split:], caches, split)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_the_last_position_alone_is_the_last_of_all(backbone, inputs) -> None:
+    pixels, ids = inputs
+    hidden = backbone.embed(ids, backbone.encode_prefix(pixels))
+    wanted = run(backbone, hidden, new_caches(backbone, 21), 0)[:, -1:]
+    span = backbone.new_span(0, 21, hidden.device)
+    with torch.no_grad():
+        ours = backbone.run_blocks(hidden, 0, 4, new_caches(backbone, 21), span, last_only=True)
+    torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_embedding_after_a_past_takes_the_later_positions(backbone, inputs) -> None:
     _, ids = inputs
     text = ids[:, 9:]
     padded = torch.cat([torch.full((3, 4), 7), text], dim=1)
-    torch.testing.assert_close(backbone.embed(text, past_length=4), backbone.embed(padded)[:, 4:])
+    later = backbone.embed(padded)[:, 4:]
+    torch.testing.assert_close(backbone.embed(text, past_length=4), later)
+    one_by_row = backbone.embed(text, past_length=torch.tensor([4, 0, 4]))
+    torch.testing.assert_close(one_by_row[0], later[0])
+    torch.testing.assert_close(one_by_row[1], backbone.embed(text)[1])
+
+
+def test_prompts_of_several_lengths_start_as_on_their_own(backbone, inputs) -> None:
+    pixels, ids = inputs
+    prefix = backbone.encode_prefix(pixels)
+    prompts = [ids[0].tolist(), ids[1, :9].tolist(), ids[2, :15].tolist()]
+    start = backbone.start(prompts, prefix)
+    assert start.lengths == [21, 9, 15] and start.memory is None
+    for row, prompt in enumerate(prompts):
+        alone = backbone.embed(torch.tensor([prompt]), prefix[row : row + 1])[0]
+        torch.testing.assert_close(start.hidden[row, : len(prompt)], alone)
 
 
 def test_a_full_cache_is_an_error_that_says_so(backbone, inputs) -> None:
     pixels, ids = inputs
     hidden = backbone.embed(ids, backbone.encode_prefix(pixels))
-    with pytest.raises(ValueError, match="larger capacity"):
-        backbone.run_blocks(hidden, 0, 1, backbone.new_cache(batch_size=3, capacity=20))
+    with pytest.raises(ValueError, match="holds 20 positions, 21 are needed"):
+        run(backbone, hidden, new_caches(backbone, 20), 0)
 
 
-def test_truncated_cache_continues_as_if_the_rest_never_was(backbone, inputs) -> None:
+def test_positions_that_are_written_again_continue_as_if_the_rest_never_was(backbone, inputs) -> None:
     pixels, ids = inputs
     hidden = backbone.embed(ids, backbone.encode_prefix(pixels))
-    cache = backbone.new_cache(batch_size=3, capacity=40)
-    backbone.run_blocks(hidden[:, :10], 0, 4, cache)
-    wanted = backbone.run_blocks(hidden[:, 10:], 0, 4, cache)
-    for layer in cache:
-        layer.truncate(10)
-    torch.testing.assert_close(backbone.run_blocks(hidden[:, 10:], 0, 4, cache), wanted)
+    caches = new_caches(backbone, 40)
+    run(backbone, hidden[:, :10], caches, 0)
+    wanted = run(backbone, hidden[:, 10:], caches, 10)
+    run(backbone, -hidden, caches, 10)
+    torch.testing.assert_close(run(backbone, hidden[:, 10:], caches, 10), wanted)
+
+
+def test_images_are_encoded_alike_with_and_without_gradients_and_when_modules_are_hooked(backbone, inputs) -> None:
+    pixels, _ = inputs
+    wanted = backbone.encode_prefix(pixels)
+    called = []
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.encode_prefix(pixels), wanted, rtol=1e-5, atol=1e-5)
+        for module in (backbone.model.vision_model, backbone.model.qformer):
+            hook = module.register_forward_hook(lambda *_: called.append(None))
+            torch.testing.assert_close(backbone.encode_prefix(pixels), wanted, rtol=1e-5, atol=1e-5)
+            hook.remove()
+    assert len(called) == 2, "a sharding engine gathers weights in such hooks"
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 5)])
@@ -119,7 +166,7 @@ def test_missing_directory_is_named(tmp_path) -> None:
         Blip2Backbone.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_post_norm_or_foreign_language_model_is_refused(backbone) -> None:
+def test_a_post_norm_language_model_is_refused(backbone) -> None:
     model = new_model(width=32, n_blocks=2, n_heads=2)
     model.config.text_config.do_layer_norm_before = False
     with pytest.raises(ValueError, match="pre-norm OPT"):

@@ -63,7 +63,7 @@ def test_full_depth_gives_the_tokens_of_hugging_face(embedded, data: DataConfig,
     for sample in split_samples(data, "test", task, max_samples=8):
         pixels = encoder.encode_image(sample.image)[None]
         prompt = torch.tensor([encoder.encode_prompt(sample.turns)])
-        ours = generate(backbone, None, pixels, prompt, max_new_tokens=24).tokens
+        ours = generate(backbone, None, pixels, prompt, max_new_tokens=24)[0].tokens
         theirs = backbone.model.generate(
             pixel_values=pixels,
             input_ids=prompt,
