@@ -122,7 +122,9 @@ def generate(
 
     def should_stop(row: int, tokens: list[int]) -> bool:
         assert stopping_criteria is not None
-        ids = torch.tensor([[*prompts[row], *tokens]], device=start.hidden.device)
+        # With an encoder, the decoder's ids are all that transformers shows, too.
+        before = prompts[row] if start.memory is None else [backbone.layout.bos_token_id]
+        ids = torch.tensor([[*before, *tokens]], device=start.hidden.device)
         return bool(stopping_criteria(ids, None)[0])
 
     options = DecoderOptions(
