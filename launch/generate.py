@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +48,7 @@ FULL_DEPTH_COLOUR = "red"
 
 def main() -> None:
     parser = build_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):
         check_arguments(arguments)
         for path in arguments.images:
@@ -191,7 +192,7 @@ def run(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     for path, found in zip(arguments.images, answers, strict=True):
         if arguments.json:
-            print(json.dumps(as_json(path, prompt, found), allow_nan=False))
+            print(json.dumps({"image": str(path), "prompt": prompt} | found.as_dict(), allow_nan=False))
             continue
         if len(answers) > 1:
             console.print(str(path), style="bold", markup=False, highlight=False, soft_wrap=True)
@@ -213,16 +214,13 @@ def choose_policy(arguments: argparse.Namespace) -> tuple[ExitPolicy, str]:
 
         calibration = read_calibration(arguments.exits, arguments.calibrated)
         thresholds = calibration.thresholds
-        is_covered = (
-            not arguments.do_sample
-            and arguments.num_beams == 1
-            and calibration.settings["decoding.max_new_tokens"] == arguments.max_new_tokens
-        )
-        if is_covered:
-            note = f"promised for images like those of the calibration split: {calibration.guarantee}"
+        if is_covered(arguments, calibration.settings):
+            note = f"for images like those of the calibration split: {calibration.guarantee}"
         else:
-            limit = calibration.settings["decoding.max_new_tokens"]
-            note = f"calibrated for greedy decoding with --max-new-tokens {limit}: nothing is promised for these flags"
+            note = (
+                f"nothing is promised: calibrated for {arguments.calibrated} prompts, greedy, with --max-new-tokens "
+                f"{calibration.settings['decoding.max_new_tokens']}"
+            )
     elif arguments.threshold is not None:
         thresholds = arguments.threshold[0] if len(arguments.threshold) == 1 else arguments.threshold
     elif arguments.policy == "patience":
@@ -235,6 +233,18 @@ def choose_policy(arguments: argparse.Namespace) -> tuple[ExitPolicy, str]:
         )
     patience = 2 if arguments.patience is None else arguments.patience
     return make_policy(arguments.policy, thresholds, n_exits, patience=patience), note
+
+
+def is_covered(arguments: argparse.Namespace, settings: Mapping[str, object]) -> bool:
+    """Whether a calibration with these ``settings`` speaks of what the flags ask for."""
+    asked = {
+        "vqa": arguments.question is not None and settings["data.question_prompt"] == DataConfig.question_prompt,
+        "caption": arguments.caption and settings["data.caption_prompt"] == DataConfig.caption_prompt,
+        "dialogue": False,  # one turn is no dialogue
+    }
+    is_greedy = arguments.num_beams == 1 and not arguments.do_sample
+    is_as_long = settings["decoding.max_new_tokens"] == arguments.max_new_tokens
+    return asked[arguments.calibrated] and is_greedy and is_as_long
 
 
 def prompt_text(arguments: argparse.Namespace) -> str:
@@ -292,28 +302,6 @@ def show(console: Console, found: Answer, exit_layers: tuple[int, ...], encoder:
     if result.score is not None:
         summary += f"; score {result.score:.3f}"
     console.print(summary, markup=False, highlight=False, soft_wrap=True)
-
-
-def as_json(path: Path, prompt: str, found: Answer) -> dict:
-    """One answer as plain values; lists have one entry per token, ``null`` exits are full depth."""
-    result = found.result
-    return {
-        "image": str(path),
-        "prompt": prompt,
-        "text": found.text,
-        "pieces": list(found.pieces),
-        "tokens": result.tokens,
-        "exits": result.exit_layers,
-        "confidences": result.confidences,
-        "blocks": result.blocks_executed,
-        "n_blocks": result.n_blocks,
-        "mean_backbone_blocks": result.mean_backbone_blocks,
-        "exit_calls": result.exit_calls,
-        "head_calls": result.head_calls,
-        "drafted": result.drafted,
-        "accepted": result.accepted,
-        "score": result.score,
-    }
 
 
 def positive_integer(text: str) -> int:

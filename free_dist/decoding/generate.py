@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from free_dist.backbones import Backbone
@@ -51,7 +51,7 @@ def generate(
     early_stopping: bool | str = False,
     eos: int | None = None,
     streamer: BaseStreamer | None = None,
-    stopping_criteria: StoppingCriteriaList | None = None,
+    stopping_criteria: Sequence[StoppingCriteria] | None = None,
     prefix: Tensor | None = None,
 ) -> Generation:
     """Decode B images [B, 3, height, width] with B prompts, placeholders included; every row exits on its own.
@@ -62,7 +62,7 @@ def generate(
     asking an exit cheaper.  ``lossless`` verifies what exits emit, at most ``max_draft_tokens`` at a time: greedy tokens are
     those of the full model, sampled ones have its distribution.  ``prefix`` [B, Q, D] replaces ``pixel_values`` when the
     images are encoded already.  ``eos`` ends an answer (None: the backbone's own; a negative id: never).  A ``streamer``
-    gets the tokens of the one row as they become final; ``stopping_criteria`` see each row's prompt and tokens [1, n].
+    gets the prompt and then the tokens of the one row as they become final; ``stopping_criteria`` see each row's prompt and tokens [1, n].
     ``num_beams`` above 1 searches with so many beams, each exiting on its own, and returns the best hypothesis with its score;
     ``length_penalty`` and ``early_stopping`` (True, False, "never") are transformers' and matter only then.
 
@@ -120,12 +120,14 @@ def generate(
         assert streamer is not None
         streamer.put(torch.tensor([token]))
 
+    # With an encoder, the decoder's ids are all that transformers shows, too.
+    shown = prompts if start.memory is None else [[backbone.layout.bos_token_id]] * len(prompts)
+    criteria = None if stopping_criteria is None else StoppingCriteriaList(stopping_criteria)
+
     def should_stop(row: int, tokens: list[int]) -> bool:
-        assert stopping_criteria is not None
-        # With an encoder, the decoder's ids are all that transformers shows, too.
-        before = prompts[row] if start.memory is None else [backbone.layout.bos_token_id]
-        ids = torch.tensor([[*before, *tokens]], device=start.hidden.device)
-        return bool(stopping_criteria(ids, None)[0])
+        assert criteria is not None
+        ids = torch.tensor([[*shown[row], *tokens]], device=start.hidden.device)
+        return bool(criteria(ids, None)[0])
 
     options = DecoderOptions(
         max_new_tokens=max_new_tokens,
@@ -141,6 +143,10 @@ def generate(
     if beams is not None:
         rows, calls = beam_search(backbone, bank, policy, checks, start, beams)
         return Generation(rows=rows, pad_token_id=backbone.layout.pad_token_id, calls=calls)
+    if streamer is not None:
+        streamer.put(
+            torch.tensor([shown[0]])
+        )  # first the prompt, as transformers does: skip_prompt drops what comes first
     decoder = Decoder(backbone, bank, policy, checks, start, options)
     while decoder.rows_left:
         decoder.step()
