@@ -58,13 +58,14 @@ def generate(
 
     Without a bank, or with every threshold at 1 or above, this is the full model: the tokens of Hugging Face's ``generate``.
     ``thresholds`` is one confidence threshold, one per exit, one row of answer positions per exit, or a policy; it must be
-    given with a bank.  ``checks`` makes
-    asking an exit cheaper.  ``lossless`` verifies what exits emit, at most ``max_draft_tokens`` at a time: greedy tokens are
-    those of the full model, sampled ones have its distribution.  ``prefix`` [B, Q, D] replaces ``pixel_values`` when the
-    images are encoded already.  ``eos`` ends an answer (None: the backbone's own; a negative id: never).  A ``streamer``
-    gets the prompt and then the tokens of the one row as they become final; ``stopping_criteria`` see each row's prompt and tokens [1, n].
-    ``num_beams`` above 1 searches with so many beams, each exiting on its own, and returns the best hypothesis with its score;
-    ``length_penalty`` and ``early_stopping`` (True, False, "never") are transformers' and matter only then.
+    given with a bank.  ``checks`` makes asking an exit cheaper.  ``lossless`` verifies what exits emit, at most
+    ``max_draft_tokens`` at a time: greedy tokens are those of the full model, sampled ones have its distribution.
+
+    ``prefix`` [B, Q, D] replaces ``pixel_values`` when the images are encoded already.  ``eos`` ends an answer (None:
+    the backbone's own; negative: never).  A ``streamer`` gets the prompt and then the tokens of the one row as they become
+    final; ``stopping_criteria`` see each row's prompt and tokens [1, n].  ``num_beams`` above 1 searches with so many beams,
+    each exiting on its own, and returns the best hypothesis with its score; ``length_penalty`` and ``early_stopping`` (True,
+    False, "never") are transformers' and matter only then.  ``top_k`` has no limit unless one is given.
 
     Raises UserError for unusable thresholds, sampling arguments, ``max_new_tokens`` below 1 or more positions than the
     backbone has; plain ValueError for shapes that do not fit, a missing threshold, exits that do not fit the backbone, or

@@ -86,39 +86,24 @@ class Prompted:
     prompt_ids: Prompt
 
 
-def full_arm(backbone: Backbone, *, max_new_tokens: int, eos: int | None = None) -> Arm:
-    """Our own decoder at full depth, without any exit: method ``full``; a negative ``eos`` never ends an answer."""
+def full_arm(backbone: Backbone, *, max_new_tokens: int) -> Arm:
+    """Our own decoder at full depth, without any exit: method ``full``."""
 
     def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
-        return decoded(generate(backbone, None, pixel_values, prompt_ids, max_new_tokens=max_new_tokens, eos=eos))
+        return decoded(generate(backbone, None, pixel_values, prompt_ids, max_new_tokens=max_new_tokens))
 
     return Arm(method="full", threshold=None, decode=decode)
 
 
 def exits_arm(
-    backbone: Backbone,
-    bank: ExitBank,
-    *,
-    threshold: float,
-    max_new_tokens: int,
-    method: str = "exits",
-    eos: int | None = None,
-    lossless: bool = False,
+    backbone: Backbone, bank: ExitBank, *, threshold: float, max_new_tokens: int, method: str = "exits"
 ) -> Arm:
-    """Our decoder with early exits at one confidence threshold for all of them; ``lossless`` verifies what they emit."""
+    """Our decoder with early exits at one confidence threshold for all of them."""
 
     def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
-        generation = generate(
-            backbone,
-            bank,
-            pixel_values,
-            prompt_ids,
-            thresholds=threshold,
-            max_new_tokens=max_new_tokens,
-            eos=eos,
-            lossless=lossless,
+        return decoded(
+            generate(backbone, bank, pixel_values, prompt_ids, thresholds=threshold, max_new_tokens=max_new_tokens)
         )
-        return decoded(generation)
 
     return Arm(method=method, threshold=threshold, decode=decode)
 
