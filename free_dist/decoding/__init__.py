@@ -1,5 +1,6 @@
 """Decoding that stops early: exact caches, exit policies, lossy and lossless generation."""
 
+from free_dist.decoding.beam import BeamOptions, beam_search
 from free_dist.decoding.cache import Counts, PendingCache
 from free_dist.decoding.decoder import Decoder, DecoderOptions
 from free_dist.decoding.generate import generate
@@ -17,6 +18,7 @@ from free_dist.decoding.policy import (
 from free_dist.decoding.result import Generation, GenerationResult, TokenRecord
 
 __all__ = [
+    "BeamOptions",
     "Counts",
     "Decision",
     "Decoder",
@@ -32,6 +34,7 @@ __all__ = [
     "Scores",
     "ThresholdTable",
     "TokenRecord",
+    "beam_search",
     "generate",
     "make_policy",
 ]
