@@ -112,31 +112,21 @@ class PendingCache:
         for row in rows:
             filled[row] += 1
 
+    def append_tokens(self, rows: Sequence[int], tokens: Sequence[int]) -> None:
+        """One new position for each of these rows, by the id of its token."""
+        ids = torch.tensor(tokens, device=self.device)[:, None]
+        lengths = [self.length(row) for row in rows]
+        past = lengths[0] if len(lengths) == 1 else torch.tensor(lengths, device=self.device)
+        self.append(rows, self._backbone.embed(ids, None, past))
+
     def advance(self, segment: int, rows: Sequence[int], *, last_only: bool = False) -> Tensor:
         """Run a segment on everything pending there -> ``h_stop`` [R, T, D], rows aligned on the right.
 
         Every row needs at least one pending position.  ``last_only`` (last segment): the last output alone, [R, 1, D].
         """
-        start, stop = self.segments[segment]
         done, filled = self._done[segment], self._filled[segment]
-        span = self._span(rows, done, filled)
-        # Blocks that no token needs never get a cache.
-        while len(self.block_caches) < stop:
-            self.block_caches.append(self._new_cache())
-        hidden = span.gather(self._inputs[segment])  # type: ignore[arg-type]
-        hidden = self._backbone.run_blocks(hidden, start, stop, self.block_caches, span, last_only=last_only)
-        if segment + 1 < len(self.segments):
-            span.scatter(self._store(segment + 1, hidden), hidden)
-        n_blocks = stop - start
-        self.calls.block_calls += n_blocks
-        for row in rows:
-            counts = self.counts[row]
-            counts.block_calls += n_blocks
-            counts.block_positions += n_blocks * (filled[row] - done[row])
-            self.calls.block_positions += n_blocks * (filled[row] - done[row])
-            done[row] = filled[row]
-            if segment + 1 < len(self.segments):
-                self._filled[segment + 1][row] = filled[row]
+        hidden = self._run_segment(segment, rows, done, filled, last_only=last_only)
+        self._note_segment(segment, rows)
         return hidden
 
     def run_exit(self, exit_index: int, rows: Sequence[int]) -> Tensor:
@@ -145,16 +135,8 @@ class PendingCache:
         Positions that were never checked leave their keys and values on the way, so the exit's cache has no holes.
         """
         done, filled = self._exit_done[exit_index], self._filled[exit_index + 1]
-        span = self._span(rows, done, filled)
-        cache = self.exit_caches[exit_index]
-        if cache is None:
-            cache = self.exit_caches[exit_index] = self._new_cache()
-        hidden = span.gather(self._inputs[exit_index + 1])  # type: ignore[arg-type]
-        state = self._exits[exit_index][1](hidden, cache, span, last_only=True)
-        self.calls.exit_calls += 1
-        for row in rows:
-            self.counts[row].exit_calls += 1
-            done[row] = filled[row]
+        state = self._run_exit(exit_index, rows, done, filled)
+        self._note_exit(exit_index, rows)
         return state[:, -1]
 
     def count_heads(self, rows: Sequence[int]) -> None:
@@ -172,13 +154,7 @@ class PendingCache:
 
     def take_rows(self, rows: Sequence[int]) -> None:
         """Make row i what row ``rows[i]`` was: finished rows leave, beams are reordered."""
-        index = torch.tensor(rows, device=self.device)
-        for cache in (*self.block_caches, *self.exit_caches):
-            if cache is not None:
-                cache.take_rows(index)
-        self._inputs = [None if store is None else store.index_select(0, index) for store in self._inputs]
-        if self._memory is not None:
-            self._memory = self._memory.take_rows(index)
+        self._move_rows(rows)
         for lengths in (*self._filled, *self._done, *self._exit_done):
             lengths[:] = [lengths[row] for row in rows]
         self.counts = [self.counts[row].copy() for row in rows]
@@ -194,6 +170,63 @@ class PendingCache:
             rows = [row for row in range(self.n_rows) if done[row] < self._filled[index + 1][row]]
             if rows:
                 self.run_exit(index, rows)
+
+    def _run_segment(
+        self, segment: int, rows: Sequence[int], starts: list[int], stops: list[int], *, last_only: bool
+    ) -> Tensor:
+        """Positions ``starts`` to ``stops`` (per row of the cache) through a segment -> [R, T, D] or [R, 1, D]."""
+        start, stop = self.segments[segment]
+        span = self._span(rows, starts, stops)
+        # Blocks that no token needs never get a cache.
+        while len(self.block_caches) < stop:
+            self.block_caches.append(self._new_block_cache())
+        hidden = span.gather(self._inputs[segment])  # type: ignore[arg-type]
+        hidden = self._backbone.run_blocks(hidden, start, stop, self.block_caches, span, last_only=last_only)
+        if segment + 1 < len(self.segments):
+            span.scatter(self._store(segment + 1, hidden), hidden)
+        return hidden
+
+    def _run_exit(self, exit_index: int, rows: Sequence[int], starts: list[int], stops: list[int]) -> Tensor:
+        """Positions ``starts`` to ``stops`` (per row of the cache) through an exit transformer -> [R, 1, D], the last one."""
+        span = self._span(rows, starts, stops)
+        cache = self.exit_caches[exit_index]
+        if cache is None:
+            cache = self.exit_caches[exit_index] = self._new_exit_cache(exit_index)
+        hidden = span.gather(self._inputs[exit_index + 1])  # type: ignore[arg-type]
+        return self._exits[exit_index][1](hidden, cache, span, last_only=True)
+
+    def _note_segment(self, segment: int, rows: Sequence[int]) -> None:
+        """Count one call of a segment, and mark what was pending for these rows as done."""
+        start, stop = self.segments[segment]
+        done, filled = self._done[segment], self._filled[segment]
+        n_blocks = stop - start
+        self.calls.block_calls += n_blocks
+        for row in rows:
+            counts = self.counts[row]
+            counts.block_calls += n_blocks
+            counts.block_positions += n_blocks * (filled[row] - done[row])
+            self.calls.block_positions += n_blocks * (filled[row] - done[row])
+            done[row] = filled[row]
+            if segment + 1 < len(self.segments):
+                self._filled[segment + 1][row] = filled[row]
+
+    def _note_exit(self, exit_index: int, rows: Sequence[int]) -> None:
+        """Count one call of an exit transformer, and mark what was pending for these rows as done."""
+        done, filled = self._exit_done[exit_index], self._filled[exit_index + 1]
+        self.calls.exit_calls += 1
+        for row in rows:
+            self.counts[row].exit_calls += 1
+            done[row] = filled[row]
+
+    def _move_rows(self, rows: Sequence[int]) -> None:
+        """Keys, values and states of row i become those of row ``rows[i]``."""
+        index = torch.tensor(rows, device=self.device)
+        for cache in (*self.block_caches, *self.exit_caches):
+            if cache is not None:
+                cache.take_rows(index)
+        self._inputs = [None if store is None else store.index_select(0, index) for store in self._inputs]
+        if self._memory is not None:
+            self._memory = self._memory.take_rows(index)
 
     def _span(self, rows: Sequence[int], starts: list[int], stops: list[int]) -> ContiguousSpan | RaggedSpan:
         first = rows[0]
@@ -219,5 +252,11 @@ class PendingCache:
             store = self._inputs[segment] = torch.zeros(shape, dtype=hidden.dtype, device=hidden.device)
         return store
 
-    def _new_cache(self) -> LayerCache:
+    def _new_block_cache(self) -> LayerCache:
+        """A cache for the shallowest block that has none."""
+        return self._backbone.new_layer_cache(self.n_rows, self._capacity, self._memory)
+
+    def _new_exit_cache(self, exit_index: int) -> LayerCache:
+        """A cache for an active exit that has none."""
+        del exit_index
         return self._backbone.new_layer_cache(self.n_rows, self._capacity, self._memory)

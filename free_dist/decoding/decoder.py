@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone, Start
-from free_dist.decoding.ask import ExitInquiry
+from free_dist.decoding.ask import ExitInquiry, Verdict
 from free_dist.decoding.cache import Counts, PendingCache
 from free_dist.decoding.policy import ExitPolicy, Scores
 from free_dist.decoding.result import GenerationResult, TokenRecord
+from free_dist.decoding.runners import StaticRunner
 from free_dist.decoding.sampling import Sampler
 from free_dist.decoding.speculation import DraftLength, accept_greedy, accept_sampled
+from free_dist.decoding.static_cache import StaticPendingCache
 from free_dist.exits import ExitBank
 from free_dist.exits.gate import ExitChecks
 
@@ -76,6 +78,8 @@ class _Row:
     """What the exits already checked predict for the token being decoded."""
     verifying: bool = False
     """On its way to full depth because of its drafts: no more checks."""
+    unread: Counts | None = None
+    """Work at its newest token, where the device alone knows that token (runners)."""
     finished: bool = False
     drafted: int = 0
     accepted: int = 0
@@ -83,7 +87,7 @@ class _Row:
     @property
     def answered(self) -> int:
         """Answer tokens so far, drafts included: the position of the next one."""
-        return len(self.records) + len(self.drafts)
+        return len(self.records) + len(self.drafts) + (self.unread is not None)
 
 
 class Decoder:
@@ -97,13 +101,19 @@ class Decoder:
         checks: ExitChecks | None,
         start: Start,
         options: DecoderOptions,
+        runner: StaticRunner | None = None,
     ) -> None:
-        """``bank``, ``policy`` and ``checks`` come together or not at all."""
+        """``bank``, ``policy`` and ``checks`` come together or not at all; a ``runner`` is one for just these."""
         self._backbone = backbone
         self._options = options
         self._exits = ExitInquiry(backbone, bank, policy, checks)
         capacity = start.hidden.shape[1] + options.max_new_tokens - 1  # the last token is never read
-        self.cache = PendingCache(backbone, self._exits.exits, start, capacity)
+        self._static: StaticPendingCache | None = None
+        if runner is None:
+            self.cache = PendingCache(backbone, self._exits.exits, start, capacity)
+        else:
+            self.cache = self._static = runner.new_cache(self._exits.active, start, capacity, policy)
+        self._fuses = runner is not None and runner.fuses(policy)
         self._live = [_Row(index, length - 1) for index, length in enumerate(start.lengths)]
         self._rows = list(self._live)
         self._last = len(self.cache.segments) - 1
@@ -129,15 +139,30 @@ class Decoder:
         places = [place for place, row in enumerate(self._live) if row.at == segment]
         if segment == self._last:
             self._read_full_depth(places)
-            if any(row.finished for row in self._live):
-                self._drop_finished()
-            return
-        hidden = self.cache.advance(segment, places)
-        for place in places:
-            self._live[place].at = segment + 1
-        self._check(segment, places, hidden[:, -1])
+        elif not self._read_to_exit_at_once(segment, places):
+            self._settle(places, None)
+            places = [place for place in places if not self._live[place].finished]
+            if places:
+                hidden = self.cache.advance(segment, places)
+                for place in places:
+                    self._live[place].at = segment + 1
+                self._check(segment, places, hidden[:, -1])
         if any(row.finished for row in self._live):
             self._drop_finished()
+
+    def _read_to_exit_at_once(self, segment: int, places: list[int]) -> bool:
+        """The segment and the check behind it as one program, if there is one; what only the device knew is read with it."""
+        if not self._fuses or not all(self._may_check(self._live[place], segment) for place in places):
+            return False
+        assert self._static is not None
+        checked = self._static.advance_and_check(segment, places)
+        if checked is None:
+            return False
+        for place in places:
+            self._live[place].at = segment + 1
+        self._settle(places, checked.read)
+        self._take(segment, checked.verdict)
+        return True
 
     def _check(self, segment: int, places: list[int], hidden: Tensor) -> None:
         """Ask the exit behind ``segment`` about the rows at ``places``, whose last states are ``hidden`` [R, D]."""
@@ -149,8 +174,11 @@ class Decoder:
         rows = [self._live[place] for place in places]
         positions = [row.answered for row in rows]
         verdict = self._exits.ask(self.cache, segment, places, hidden, positions, [row.earlier for row in rows])
-        if verdict is None:
-            return
+        if verdict is not None:
+            self._take(segment, verdict)
+
+    def _take(self, segment: int, verdict: Verdict) -> None:
+        """Rows that the exit behind ``segment`` is confident about emit its token, the others go on."""
         places, scores, decision, tokens = verdict
         rows = [self._live[place] for place in places]
         if True not in decision.emit:
@@ -164,6 +192,8 @@ class Decoder:
         layer = self.cache.segments[segment][1]
         going_on: list[int] = []
         for i, (place, row) in enumerate(zip(places, rows, strict=True)):
+            if row.finished:  # by the token before, which was read together with this verdict
+                continue
             if not decision.emit[i]:
                 row.earlier.append(predicted[i])
                 continue
@@ -193,21 +223,29 @@ class Decoder:
     def _read_full_depth(self, places: list[int]) -> None:
         """Run the last segment, and emit what it says or verify drafts with it."""
         rows = [self._live[place] for place in places]
-        if not any(row.drafts for row in rows):
-            wanted = [1] * len(rows)
-            needed = self.cache.advance(self._last, places, last_only=True)[:, -1]
-        else:
+        drafting = any(row.drafts for row in rows)
+        wanted = [1] * len(rows)
+        if drafting:
             wanted = [self.cache.length(place) - row.verified for place, row in zip(places, rows, strict=True)]
-            hidden = self.cache.advance(self._last, places)
-            needed = torch.cat([hidden[i, -n:] for i, n in enumerate(wanted)])
-        logits = self._backbone.lm_head(self._backbone.final_norm(needed))
-        self.cache.count_heads(places)
         sampler = self._options.sampler
         best: list[int] = []
-        probabilities = logits
-        if sampler is None:
-            best = torch.argmax(logits, dim=-1).tolist()
+        outputs = None if self._static is None else self._static.advance_and_read(places, last_only=not drafting)
+        if outputs is None:
+            hidden = self.cache.advance(self._last, places, last_only=not drafting)
+            needed = torch.cat([hidden[i, -n:] for i, n in enumerate(wanted)]) if drafting else hidden[:, -1]
+            logits = self._backbone.lm_head(self._backbone.final_norm(needed))
+            self.cache.count_heads(places)
+            if sampler is None:
+                best = torch.argmax(logits, dim=-1).tolist()
+        elif not drafting and self._may_read_later(rows):
+            self._read_tokens(places, are_on_device=True)
+            return
         else:
+            logits = outputs.logits_of(wanted)
+            if sampler is None:
+                best = outputs.best_of(wanted)
+        probabilities = logits
+        if sampler is not None:
             probabilities = sampler.probabilities(Scores(logits, None), self._backbone.vocab_size)
         going_on: list[int] = []
         offset = 0
@@ -238,12 +276,33 @@ class Decoder:
                 going_on.append(place)
         self._read_tokens(going_on)
 
+    def _may_read_later(self, rows: list[_Row]) -> bool:
+        """Whether these rows' tokens, just computed at full depth, may reach the host together with the next check."""
+        static, options = self._static, self._options
+        if static is None or not static.defers_reads or not self._fuses or not self._exits.active:
+            return False
+        if options.lossless or options.sampler is not None or options.should_stop is not None:
+            return False
+        after = [row.answered + 1 for row in rows]
+        return all(next_ < options.max_new_tokens and self._exits.is_active_at(0, next_) for next_ in after)
+
+    def _settle(self, places: list[int], read: list[int] | None) -> None:
+        """Record tokens that only the device knew; ``read`` has a token for each place, or they are fetched now."""
+        unread = [i for i, place in enumerate(places) if self._live[place].unread is not None]
+        if not unread:
+            return
+        if read is None:
+            assert self._static is not None
+            read = self._static.latest_tokens(places)
+        for i in unread:
+            self._finish_tokens(places[i], self._live[places[i]], [_Draft(read[i], None, None, None)])
+
     def _finish_tokens(self, place: int, row: _Row, emitted: Sequence[_Draft]) -> None:
         """Record tokens that stand; the row is finished at the end of its answer."""
         options = self._options
-        counts = self.cache.counts[place]
+        counts = self.cache.counts[place].copy() if row.unread is None else row.unread
         work = counts.since(row.counts)
-        row.counts = counts.copy()
+        row.counts, row.unread = counts, None
         for draft in emitted:
             row.records.append(
                 TokenRecord(
@@ -265,20 +324,21 @@ class Decoder:
             if row.finished:
                 return
 
-    def _read_tokens(self, places: list[int]) -> None:
-        """Let the newest tokens of these rows enter the stack."""
+    def _read_tokens(self, places: list[int], *, are_on_device: bool = False) -> None:
+        """Let the newest tokens of these rows enter the stack; the host may not know them yet."""
         if not places:
             return
-        tokens, lengths = [], []
+        tokens = []
         for place in places:
             row = self._live[place]
-            tokens.append([row.drafts[-1].token if row.drafts else row.records[-1].token])
-            lengths.append(self.cache.length(place))
             row.at = 0
             row.earlier = []
-        ids = torch.tensor(tokens, device=self.cache.device)
-        past = lengths[0] if len(lengths) == 1 else torch.tensor(lengths, device=self.cache.device)
-        self.cache.append(places, self._backbone.embed(ids, None, past))
+            if are_on_device:
+                row.unread = self.cache.counts[place].copy()
+                tokens.append(-1)
+            else:
+                tokens.append(row.drafts[-1].token if row.drafts else row.records[-1].token)
+        self.cache.append_tokens(places, tokens)
 
     def _drop_finished(self) -> None:
         keep = [place for place, row in enumerate(self._live) if not row.finished]

@@ -21,6 +21,7 @@ from free_dist.decoding.beam import BeamOptions, beam_search
 from free_dist.decoding.decoder import Decoder, DecoderOptions
 from free_dist.decoding.policy import ExitPolicy, MaxProbPolicy, Thresholds
 from free_dist.decoding.result import Generation
+from free_dist.decoding.runners import StaticRunner
 from free_dist.decoding.sampling import Sampler
 from free_dist.exits import ExitBank
 from free_dist.exits.gate import ExitChecks, FullHead
@@ -53,6 +54,7 @@ def generate(
     streamer: BaseStreamer | None = None,
     stopping_criteria: Sequence[StoppingCriteria] | None = None,
     prefix: Tensor | None = None,
+    runner: StaticRunner | None = None,
 ) -> Generation:
     """Decode B images [B, 3, height, width] with B prompts, placeholders included; every row exits on its own.
 
@@ -66,6 +68,8 @@ def generate(
     final; ``stopping_criteria`` see each row's prompt and tokens [1, n].  ``num_beams`` above 1 searches with so many beams,
     each exiting on its own, and returns the best hypothesis with its score; ``length_penalty`` and ``early_stopping`` (True,
     False, "never") are transformers' and matter only then.  ``top_k`` has no limit unless one is given.
+    A ``runner`` made for this backbone, bank and checks keeps memory and programs of fixed shapes from call to call; it does not
+    go with beams.
 
     Raises UserError for unusable thresholds, sampling arguments, ``max_new_tokens`` below 1 or more positions than the
     backbone has; plain ValueError for shapes that do not fit, a missing threshold, exits that do not fit the backbone, or
@@ -139,6 +143,12 @@ def generate(
         on_token=None if streamer is None else on_token,
         should_stop=None if stopping_criteria is None else should_stop,
     )
+    if runner is not None:
+        if runner.backbone is not backbone or runner.bank is not bank or checks not in (None, runner.checks):
+            raise ValueError("the runner was made for another backbone, bank or checks; make one for these")
+        if beams is not None:
+            raise UserError(f"num_beams={num_beams}: beams decode without a runner; leave it out, or set num_beams=1")
+        checks = runner.checks
     if bank is not None and checks is None:
         checks = ExitChecks(FullHead(bank.lm_head))
     if beams is not None:
@@ -148,7 +158,7 @@ def generate(
         streamer.put(
             torch.tensor([shown[0]])
         )  # first the prompt, as transformers does: skip_prompt drops what comes first
-    decoder = Decoder(backbone, bank, policy, checks, start, options)
+    decoder = Decoder(backbone, bank, policy, checks, start, options, runner)
     while decoder.rows_left:
         decoder.step()
     if streamer is not None:
