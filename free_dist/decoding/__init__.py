@@ -16,6 +16,7 @@ from free_dist.decoding.policy import (
     make_policy,
 )
 from free_dist.decoding.result import Generation, GenerationResult, TokenRecord
+from free_dist.decoding.runners import StaticRunner, make_runner
 
 __all__ = [
     "BeamOptions",
@@ -32,9 +33,11 @@ __all__ = [
     "PatiencePolicy",
     "PendingCache",
     "Scores",
+    "StaticRunner",
     "ThresholdTable",
     "TokenRecord",
     "beam_search",
     "generate",
     "make_policy",
+    "make_runner",
 ]
