@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 DEFAULT_EXITS = Path("runs/quickstart/exits/export")
 POLICIES = ("max_prob", "entropy", "margin", "patience")
+EXIT_HEADS = ("full", "pruned", "low_rank")
 EXIT_COLOURS = (
     "green", "cyan", "yellow", "magenta", "blue", "bright_green", "bright_cyan", "bright_yellow", "bright_magenta",
     "bright_blue",
@@ -90,6 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     exits.add_argument(
         "--calibrated", choices=TASKS, metavar="TASK", help=f"thresholds of launch/calibrate.py for {', '.join(TASKS)}"
     )
+    exits.add_argument("--gate", action="store_true", help="a fitted gate tells which checks are worth making")
+    exits.add_argument(
+        "--exit-head", choices=EXIT_HEADS, default="full",
+        help="what exits read tokens with; launch/fit_checks.py fits the smaller ones (default: %(default)s)",
+    )  # fmt: skip
     exits.add_argument(
         "--lossless", action="store_true", help="exits only draft: the full model checks every token before it is final"
     )
@@ -138,6 +144,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ConfigError("--patience has a meaning only with --policy patience")
     if arguments.policy in ("entropy", "margin") and arguments.threshold is None:
         raise ConfigError(f"--policy {arguments.policy}: exported thresholds are for max_prob; give --threshold")
+    if arguments.calibrated and (arguments.gate or arguments.exit_head != "full"):
+        raise ConfigError(
+            "--calibrated: its thresholds were tested with the full head and no gate; drop --gate and --exit-head"
+        )
     if arguments.calibrated and (arguments.threshold is not None or arguments.policy != "max_prob"):
         other = "--policy" if arguments.threshold is None else "--threshold"
         raise ConfigError(f"--calibrated brings its own thresholds, for max_prob; drop {other}")
@@ -163,12 +173,18 @@ def run(arguments: argparse.Namespace) -> None:
 
     from free_dist.data.pretrained import load_pretrained
     from free_dist.decoding.pipeline import GrowingText, answer
+    from free_dist.exits.check_files import load_checks
     from free_dist.exits.export import load_exits
+    from free_dist.exits.gate import CheckOptions
 
     disable_progress_bar()
     policy, note = choose_policy(arguments)
     backbone, encoder = load_pretrained(arguments.backbone)
     bank = load_exits(backbone, arguments.exits)
+    checks = None
+    if arguments.gate or arguments.exit_head != "full":
+        wanted = CheckOptions(gate=arguments.gate, head=arguments.exit_head)
+        checks = load_checks(arguments.exits, backbone, bank, wanted)
     prompt = prompt_text(arguments)
     options: dict = {"num_beams": arguments.num_beams, "lossless": arguments.lossless}
     if arguments.do_sample:
@@ -188,7 +204,7 @@ def run(arguments: argparse.Namespace) -> None:
             options["streamer"] = GrowingText(encoder, lambda text: live.update(Text(text), refresh=True))
         answers = answer(
             backbone, encoder, bank, arguments.images, prompt,
-            thresholds=policy, max_new_tokens=arguments.max_new_tokens, **options,
+            thresholds=policy, checks=checks, max_new_tokens=arguments.max_new_tokens, **options,
         )  # fmt: skip
     for path, found in zip(arguments.images, answers, strict=True):
         if arguments.json:
