@@ -50,7 +50,7 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
-    eos: int | None = None,
+    eos_token_id: int | None = None,
     streamer: BaseStreamer | None = None,
     stopping_criteria: Sequence[StoppingCriteria] | None = None,
     prefix: Tensor | None = None,
@@ -63,7 +63,7 @@ def generate(
     given with a bank.  ``checks`` makes asking an exit cheaper.  ``lossless`` verifies what exits emit, at most
     ``max_draft_tokens`` at a time: greedy tokens are those of the full model, sampled ones have its distribution.
 
-    ``prefix`` [B, Q, D] replaces ``pixel_values`` when the images are encoded already.  ``eos`` ends an answer (None:
+    ``prefix`` [B, Q, D] replaces ``pixel_values`` when the images are encoded already.  ``eos_token_id`` ends an answer (None:
     the backbone's own; negative: never).  A ``streamer`` gets the prompt and then the tokens of the one row as they become
     final; ``stopping_criteria`` see each row's prompt and tokens [1, n].  ``num_beams`` above 1 searches with so many beams,
     each exiting on its own, and returns the best hypothesis with its score; ``length_penalty`` and ``early_stopping`` (True,
@@ -99,7 +99,7 @@ def generate(
         beams = BeamOptions(
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
-            eos=backbone.layout.eos_token_id if eos is None else eos,
+            eos=backbone.layout.eos_token_id if eos_token_id is None else eos_token_id,
             length_penalty=length_penalty,
             early_stopping=early_stopping,
         )
@@ -136,7 +136,7 @@ def generate(
 
     options = DecoderOptions(
         max_new_tokens=max_new_tokens,
-        eos=backbone.layout.eos_token_id if eos is None else eos,
+        eos=backbone.layout.eos_token_id if eos_token_id is None else eos_token_id,
         lossless=lossless,
         max_draft_tokens=max_draft_tokens,
         sampler=sampler,

@@ -85,7 +85,7 @@ def ours(
         "max_new_tokens": max_new_tokens,
         "checks": checks,
         "lossless": lossless,
-        "eos": eos,
+        "eos_token_id": eos,
         "runner": runner,
     }
 

@@ -141,20 +141,25 @@ def _cheapest(
 ) -> list[Operating]:
     """The ``finalists`` cheapest of ``points`` that keep ``min_quality``.
 
-    Images are added in steps, each twice as many as the last, and points far below it are dropped on the way.
+    Images are added in steps, each twice as many as the last.  Points far below the quality are dropped on the way, and so is the
+    dearer half of the others.
     """
     n_images = min(FIRST_IMAGES, calibration.n_images)
     while True:
         table = calibration.tabulate([point.thresholds for point in points], range(n_images))
         shares = table.quality / table.full_quality if table.full_quality else np.ones(len(points))
+        cheap = sorted(range(len(points)), key=lambda i: (table.costs[i], len(points[i].used)))
         late = deadline is not None and time.monotonic() > deadline
         if late or n_images == calibration.n_images:
             break
         n_images = min(2 * n_images, calibration.n_images)
-        near = [i for i, share in enumerate(shares) if share >= min_quality - SLACK]
-        points = [points[i] for i in near or [int(shares.argmax())]]
-    kept = [i for i, share in enumerate(shares) if share >= min_quality] or [int(shares.argmax())]
-    return [points[i] for i in sorted(kept, key=lambda i: (table.costs[i], len(points[i].used)))[:finalists]]
+        near = [i for i in cheap if shares[i] >= min_quality - SLACK]
+        # The cheapest that lost nothing so far stays, in case that those cheaper than it prove too bad.
+        safe = next((i for i in cheap if shares[i] >= 1), int(shares.argmax()))
+        left = near[: max(2 * finalists, len(near) // 2)]
+        points = [points[i] for i in (left if safe in left else [*left, safe])]
+    kept = [i for i in cheap if shares[i] >= min_quality] or [int(shares.argmax())]
+    return [points[i] for i in kept[:finalists]]
 
 
 def timed(

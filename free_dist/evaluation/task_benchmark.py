@@ -37,7 +37,7 @@ class Amounts:
     """Thresholds tried with every set of exits."""
     shown: tuple[float, ...] = (0.5, 0.8, 0.95)
     """Thresholds of all exits timed besides the chosen operating points."""
-    calibration_samples: int = 200
+    calibration_samples: int = 120
     contest_samples: int = 20
     """Calibration samples on which the finalists are timed."""
     finalists: int = 6

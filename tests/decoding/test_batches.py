@@ -44,13 +44,14 @@ def test_a_batch_of_mixed_lengths_equals_its_rows_one_by_one(in_float64, cases, 
 
     def one_by_one(eos: int):
         return [
-            generate(backbone, bank, pixels[i : i + 1], prompts[i], eos=eos, **settings)[0] for i in range(len(order))
+            generate(backbone, bank, pixels[i : i + 1], prompts[i], eos_token_id=eos, **settings)[0]
+            for i in range(len(order))
         ]
 
     # A token that some rows produce early, so that rows finish at different times.
     eos = one_by_one(-1)[0].tokens[4]
     alone = one_by_one(eos)
-    together = generate(backbone, bank, pixels, prompts, eos=eos, **settings)
+    together = generate(backbone, bank, pixels, prompts, eos_token_id=eos, **settings)
     assert [row.tokens for row in together] == [row.tokens for row in alone]
     if not lossless:
         assert [everything(row) for row in together] == [everything(row) for row in alone]
@@ -88,7 +89,13 @@ def test_rows_that_exit_do_not_pay_for_rows_that_go_deep(backbone, bank, cases, 
 
     with weight_watch:
         result = generate(
-            backbone, bank, pixels.float(), prompts, thresholds=FirstRowsPromptGoesDeep(), max_new_tokens=5, eos=-1
+            backbone,
+            bank,
+            pixels.float(),
+            prompts,
+            thresholds=FirstRowsPromptGoesDeep(),
+            max_new_tokens=5,
+            eos_token_id=-1,
         )
     # All prompts run deep in one call; afterwards nothing does.
     assert [row.blocks_executed for row in result] == [[backbone.n_blocks, 1, 1, 1, 1]] * len(prompts)
@@ -98,9 +105,9 @@ def test_rows_that_exit_do_not_pay_for_rows_that_go_deep(backbone, bank, cases, 
 
 def test_finished_rows_leave_the_caches(backbone, bank, cases) -> None:
     pixels, prompts = batch_of(cases)
-    full = generate(backbone, None, pixels.float(), prompts, max_new_tokens=N_TOKENS, eos=-1)
+    full = generate(backbone, None, pixels.float(), prompts, max_new_tokens=N_TOKENS, eos_token_id=-1)
     eos = full[0].tokens[2]
-    early = generate(backbone, None, pixels.float(), prompts, max_new_tokens=N_TOKENS, eos=eos)
+    early = generate(backbone, None, pixels.float(), prompts, max_new_tokens=N_TOKENS, eos_token_id=eos)
     wanted = [row.tokens[: row.tokens.index(eos) + 1] if eos in row.tokens else row.tokens for row in full]
     assert [row.tokens for row in early] == wanted
     assert sum(sum(record.block_positions for record in row.records) for row in early) == early.calls.block_positions

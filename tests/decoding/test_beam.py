@@ -56,7 +56,7 @@ def ours(backbone, bank, pixels, prompts, *, eos: int, thresholds=None, **settin
         thresholds=thresholds,
         max_new_tokens=N_TOKENS,
         num_beams=N_BEAMS,
-        eos=eos,
+        eos_token_id=eos,
         **settings,
     )
 

@@ -93,7 +93,7 @@ def test_the_cost_model_runs_the_blocks_and_checks_that_the_decoder_counts(
         thresholds=script,
         checks=checks,
         max_new_tokens=len(layers),
-        eos=-1,
+        eos_token_id=-1,
     )
     emitted = [backbone.n_blocks if layer is None else layer for layer in generation[0].exit_layers]
     assert emitted == layers

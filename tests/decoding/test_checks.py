@@ -264,7 +264,7 @@ def test_a_position_table_is_asked_only_where_it_pays(backbone, bank, cases, fit
     assert table == ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0))
     assert fitted.position_thresholds(CheckOptions(), "vqa") == ((0.1, 1.0), (1.0, 0.2), (0.3, 0.3))
     for pixels, prompt in cases:
-        answer = generate(backbone, bank, pixels, prompt, thresholds=table, max_new_tokens=4, eos=-1)[0]
+        answer = generate(backbone, bank, pixels, prompt, thresholds=table, max_new_tokens=4, eos_token_id=-1)[0]
         assert answer.exit_layers == [1, 3, 3, 3]
     with pytest.raises(ValueError, match="task 'caption'"):
         fitted.position_thresholds(CheckOptions(), "caption")

@@ -21,12 +21,12 @@ def test_greedy_tokens_are_those_of_full_depth_whatever_the_exits_draft(
     backbone, bank, cases, scripted, seed: int
 ) -> None:
     pixels, prompt = cases[seed % len(cases)]
-    full = generate(backbone, None, pixels, prompt, max_new_tokens=N_TOKENS, eos=-1)[0]
+    full = generate(backbone, None, pixels, prompt, max_new_tokens=N_TOKENS, eos_token_id=-1)[0]
     for eos in (-1, full.tokens[7]):
         wanted = full.tokens if eos < 0 else full.tokens[: full.tokens.index(eos) + 1]
         policy = scripted(seed, emit_rate=(0.3, 0.9)[seed % 2])
         found = generate(
-            backbone, bank, pixels, prompt, thresholds=policy, max_new_tokens=N_TOKENS, eos=eos, lossless=True
+            backbone, bank, pixels, prompt, thresholds=policy, max_new_tokens=N_TOKENS, eos_token_id=eos, lossless=True
         )[0]
         assert found.tokens == wanted
         assert found.drafted > 0
@@ -38,7 +38,7 @@ def test_greedy_tokens_are_those_of_full_depth_whatever_the_exits_draft(
 def test_perfect_drafts_are_all_accepted_and_verified_together(backbone, cases, max_draft_tokens: int) -> None:
     perfect = ExitBank(backbone, (backbone.n_blocks - 1,), init="next")
     pixels, prompt = cases[1]
-    full = generate(backbone, None, pixels, prompt, max_new_tokens=N_TOKENS, eos=-1)[0]
+    full = generate(backbone, None, pixels, prompt, max_new_tokens=N_TOKENS, eos_token_id=-1)[0]
     found = generate(
         backbone,
         perfect,
@@ -46,7 +46,7 @@ def test_perfect_drafts_are_all_accepted_and_verified_together(backbone, cases, 
         prompt,
         thresholds=0.0,
         max_new_tokens=N_TOKENS,
-        eos=-1,
+        eos_token_id=-1,
         lossless=True,
         max_draft_tokens=max_draft_tokens,
     )[0]
@@ -82,7 +82,14 @@ def test_blocks_claimed_are_the_blocks_whose_weights_were_read(backbone, bank, c
     pixels, prompt = cases[2]
     with weight_watch:
         found = generate(
-            backbone, bank, pixels, prompt, thresholds=scripted(3), max_new_tokens=N_TOKENS, eos=-1, lossless=True
+            backbone,
+            bank,
+            pixels,
+            prompt,
+            thresholds=scripted(3),
+            max_new_tokens=N_TOKENS,
+            eos_token_id=-1,
+            lossless=True,
         )[0]
     weights = [id(backbone.block(k).fc1.weight) for k in range(1, backbone.n_blocks + 1)]
     assert sum(found.blocks_executed) == sum(weight_watch.reads[weight] for weight in weights)
@@ -136,7 +143,7 @@ def test_sampling_through_drafts_has_the_full_models_distribution_end_to_end(bac
 
     def pairs(bank=None, **settings) -> Counter:
         generator = torch.Generator().manual_seed(1)
-        settings |= {"max_new_tokens": 2, "eos": -1, "do_sample": True, "temperature": 0.25, "top_k": 4}
+        settings |= {"max_new_tokens": 2, "eos_token_id": -1, "do_sample": True, "temperature": 0.25, "top_k": 4}
         batches = [
             generate(backbone, bank, None, prompts, prefix=prefix, generator=generator, **settings)
             for _ in range(n_batches)

@@ -86,7 +86,9 @@ def test_blocks_claimed_are_the_blocks_whose_weights_were_read(
     pixels, prompt = cases[seed]
     policy = scripted(seed)
     with weight_watch:
-        result = generate(backbone, bank, pixels, prompt, thresholds=policy, max_new_tokens=N_TOKENS, eos=-1)[0]
+        result = generate(backbone, bank, pixels, prompt, thresholds=policy, max_new_tokens=N_TOKENS, eos_token_id=-1)[
+            0
+        ]
     weights = [id(backbone.block(k).fc1.weight) for k in range(1, backbone.n_blocks + 1)]
     assert sum(result.blocks_executed) == sum(weight_watch.reads[weight] for weight in weights)
     claimed_positions = sum(record.block_positions for record in result.records)
@@ -101,7 +103,9 @@ def test_blocks_claimed_are_the_blocks_whose_weights_were_read(
 
 def test_each_token_costs_the_blocks_up_to_where_it_was_emitted(backbone, bank, cases, scripted) -> None:
     pixels, prompt = cases[0]
-    result = generate(backbone, bank, pixels, prompt, thresholds=scripted(1), max_new_tokens=N_TOKENS, eos=-1)[0]
+    result = generate(backbone, bank, pixels, prompt, thresholds=scripted(1), max_new_tokens=N_TOKENS, eos_token_id=-1)[
+        0
+    ]
     wanted = [backbone.n_blocks if layer is None else layer for layer in result.exit_layers]
     assert result.blocks_executed == wanted
     assert result.mean_backbone_blocks == sum(wanted) / N_TOKENS
@@ -110,7 +114,7 @@ def test_each_token_costs_the_blocks_up_to_where_it_was_emitted(backbone, bank, 
 def test_blocks_behind_the_exit_never_run_when_every_token_exits(backbone, bank, cases, weight_watch) -> None:
     pixels, prompt = cases[1]
     with weight_watch:
-        result = generate(backbone, bank, pixels, prompt, thresholds=0.0, max_new_tokens=N_TOKENS, eos=-1)[0]
+        result = generate(backbone, bank, pixels, prompt, thresholds=0.0, max_new_tokens=N_TOKENS, eos_token_id=-1)[0]
     assert result.exit_layers == [1] * N_TOKENS and result.blocks_executed == [1] * N_TOKENS
     assert weight_watch.touched(backbone.block(1)) and weight_watch.touched(bank.transformers[0])
     assert not any(weight_watch.touched(backbone.block(k)) for k in range(2, backbone.n_blocks + 1))
@@ -120,7 +124,9 @@ def test_blocks_behind_the_exit_never_run_when_every_token_exits(backbone, bank,
 def test_an_inactive_exit_costs_nothing(backbone, bank, cases, weight_watch) -> None:
     pixels, prompt = cases[2]
     with weight_watch:
-        result = generate(backbone, bank, pixels, prompt, thresholds=[1.0, 0.0, 1.5], max_new_tokens=4, eos=-1)[0]
+        result = generate(
+            backbone, bank, pixels, prompt, thresholds=[1.0, 0.0, 1.5], max_new_tokens=4, eos_token_id=-1
+        )[0]
     assert result.exit_layers == [3] * 4
     assert [record.exit_calls for record in result.records] == [1] * 4
     assert not weight_watch.touched(bank.transformers[0]) and not weight_watch.touched(bank.transformers[2])
@@ -129,7 +135,7 @@ def test_an_inactive_exit_costs_nothing(backbone, bank, cases, weight_watch) -> 
 def test_full_depth_runs_no_exit_and_one_head_per_token(backbone, bank, cases, weight_watch) -> None:
     pixels, prompt = cases[2]
     with weight_watch:
-        result = generate(backbone, bank, pixels, prompt, thresholds=1.1, max_new_tokens=4, eos=-1)[0]
+        result = generate(backbone, bank, pixels, prompt, thresholds=1.1, max_new_tokens=4, eos_token_id=-1)[0]
     assert result.blocks_executed == [backbone.n_blocks] * 4
     assert (result.exit_calls, result.head_calls) == (0, 4)
     assert not weight_watch.touched(bank.transformers)

@@ -89,7 +89,7 @@ def test_fixed_shapes_give_the_tokens_and_the_work_of_exact_ones(
     runner = StaticRunner(backbone, bank, defers_reads=defers)
     exit_layers = set()
     for pixels, prompt in (cases[seed % 4], cases[(seed + 1) % 4]):
-        arguments = {"thresholds": script(seed), "max_new_tokens": N_TOKENS, "eos": -1, "lossless": lossless}
+        arguments = {"thresholds": script(seed), "max_new_tokens": N_TOKENS, "eos_token_id": -1, "lossless": lossless}
         exact = generate(backbone, bank, pixels.double(), prompt, **arguments)
         fixed = generate(backbone, bank, pixels.double(), prompt, runner=runner, **arguments)
         assert_same(fixed, exact)
@@ -106,10 +106,10 @@ def test_rows_of_a_batch_decode_in_fixed_shapes_as_in_exact_ones(
     backbone, bank = in_float64
     pixels, prompts = in_order(cases)
     runner = StaticRunner(backbone, bank, defers_reads=True)
-    free = generate(backbone, None, pixels.double(), prompts, max_new_tokens=N_TOKENS, eos=-1)
+    free = generate(backbone, None, pixels.double(), prompts, max_new_tokens=N_TOKENS, eos_token_id=-1)
     eos = free[1].tokens[5]
     for policy in (lambda: script(seed), lambda: scripted(seed, emit_rate=0.4)):
-        arguments = {"max_new_tokens": N_TOKENS, "eos": eos, "lossless": lossless}
+        arguments = {"max_new_tokens": N_TOKENS, "eos_token_id": eos, "lossless": lossless}
         exact = generate(backbone, bank, pixels.double(), prompts, thresholds=policy(), **arguments)
         fixed = generate(backbone, bank, pixels.double(), prompts, thresholds=policy(), runner=runner, **arguments)
         assert_same(fixed, exact)
@@ -129,7 +129,7 @@ def test_sampling_draws_the_same_tokens(in_float64, cases) -> None:
                 prompt,
                 thresholds=script(8),
                 max_new_tokens=N_TOKENS,
-                eos=-1,
+                eos_token_id=-1,
                 do_sample=True,
                 lossless=lossless,
                 generator=torch.Generator().manual_seed(3),
@@ -148,7 +148,7 @@ def test_cheap_checks_decide_the_same(in_float64, cases, with_gate: bool) -> Non
     ids = torch.arange(0, backbone.vocab_size, 3)
     checks = ExitChecks(PrunedHead(bank.lm_head, ids), gates=gates, gate_thresholds=[0.5] * 3 if with_gate else [])
     runner = StaticRunner(backbone, bank, checks, defers_reads=True)
-    arguments = {"thresholds": script(2), "max_new_tokens": N_TOKENS, "eos": -1, "checks": checks}
+    arguments = {"thresholds": script(2), "max_new_tokens": N_TOKENS, "eos_token_id": -1, "checks": checks}
     exact = generate(backbone, bank, pixels.double(), prompts, **arguments)
     assert_same(generate(backbone, bank, pixels.double(), prompts, runner=runner, **arguments), exact)
     assert any(token % 3 == 0 for token in exact[0].tokens)
@@ -192,7 +192,7 @@ def test_nothing_of_one_generation_is_left_for_the_next(in_float64, cases, seed:
     backbone, bank = in_float64
     pixels, prompts = in_order(cases)
     runner = StaticRunner(backbone, bank, defers_reads=True)
-    arguments = {"thresholds": script(seed), "max_new_tokens": N_TOKENS, "eos": -1}
+    arguments = {"thresholds": script(seed), "max_new_tokens": N_TOKENS, "eos_token_id": -1}
     with torch.inference_mode():
         fresh = generate(backbone, bank, pixels.double(), prompts, runner=runner, **arguments)
     for value in (float("nan"), 1e300, -7.0):
@@ -246,7 +246,7 @@ def test_calls_are_rounded_up_to_few_shapes_which_are_made_once(backbone, bank, 
     for emitted in range(7):
         # Full depth reads the prompt, then what was emitted and one more position, then one.
         rows = [[0.9999, *[0.0] * emitted, 0.9999], *[[2.0] * (emitted + 2)] * 2]
-        arguments = {"thresholds": MaxProbPolicy(rows, 3), "max_new_tokens": emitted + 3, "eos": -1}
+        arguments = {"thresholds": MaxProbPolicy(rows, 3), "max_new_tokens": emitted + 3, "eos_token_id": -1}
         fixed = generate(backbone, bank, pixels, prompt, runner=runner, **arguments)
         assert fixed[0].tokens == generate(backbone, bank, pixels, prompt, **arguments)[0].tokens
     assert execution.made == 3  # a check of one position; full depth for one and for four; longer calls have no program
@@ -265,7 +265,7 @@ def test_a_token_costs_one_program_per_segment_and_the_host_waits_once(
     for n_tokens in (8, 24):
         execution = CountedExecution()
         runner = StaticRunner(backbone, bank, execution=execution, defers_reads=True)
-        arguments = {"thresholds": threshold, "max_new_tokens": n_tokens, "eos": -1, "runner": runner}
+        arguments = {"thresholds": threshold, "max_new_tokens": n_tokens, "eos_token_id": -1, "runner": runner}
         prefix = backbone.encode_prefix(pixels)
         with HostReads() as reads:
             result = generate(backbone, bank, None, prompt.tolist(), prefix=prefix, **arguments)[0]
@@ -282,19 +282,21 @@ def test_reading_full_depth_at_once_waits_twice_per_token(backbone, cases) -> No
     counts = []
     for n_tokens in (8, 24):
         with HostReads() as reads:
-            generate(backbone, bank, *cases[3], thresholds=0.9999, max_new_tokens=n_tokens, eos=-1, runner=runner)
+            generate(
+                backbone, bank, *cases[3], thresholds=0.9999, max_new_tokens=n_tokens, eos_token_id=-1, runner=runner
+            )
         counts.append(reads.count)
     assert counts[1] - counts[0] == 32
 
 
 def test_an_answer_that_ends_at_full_depth_is_the_same_when_it_is_read_late(backbone, bank, cases) -> None:
     pixels, prompt = cases[3]
-    free = generate(backbone, None, pixels, prompt, max_new_tokens=N_TOKENS, eos=-1)[0]
+    free = generate(backbone, None, pixels, prompt, max_new_tokens=N_TOKENS, eos_token_id=-1)[0]
     eos = free.tokens[4]
     late = StaticRunner(backbone, bank, defers_reads=True)
     # The check that the last token is read with would emit one more.
     table = [[0.9999] * (free.tokens.index(eos) + 1) + [0.0]] * 3
-    arguments = {"thresholds": MaxProbPolicy(table, 3), "max_new_tokens": N_TOKENS, "eos": eos}
+    arguments = {"thresholds": MaxProbPolicy(table, 3), "max_new_tokens": N_TOKENS, "eos_token_id": eos}
     exact = generate(backbone, bank, pixels, prompt, **arguments)
     fixed = generate(backbone, bank, pixels, prompt, runner=late, **arguments)
     assert fixed[0].tokens == exact[0].tokens == free.tokens[: free.tokens.index(eos) + 1]
@@ -321,7 +323,7 @@ def test_compiled_segments_give_the_same_tokens(cases, backend: str) -> None:
     runner = StaticRunner(backbone, bank, execution=Compiled(backend=backend), lengths=(1,))
     table = [[0.9999] * 5 + [0.0, 0.9999, 0.9999, 0.0]]
     for pixels, prompt in cases[:2]:
-        arguments = {"thresholds": MaxProbPolicy(table, 1), "max_new_tokens": 12, "eos": -1}
+        arguments = {"thresholds": MaxProbPolicy(table, 1), "max_new_tokens": 12, "eos_token_id": -1}
         exact = generate(backbone, bank, pixels, prompt, **arguments)[0]
         compiled = generate(backbone, bank, pixels, prompt, runner=runner, **arguments)[0]
         assert compiled.tokens == exact.tokens and len(set(exact.tokens)) > 3
@@ -354,7 +356,12 @@ def test_cuda_graphs_give_the_same_tokens(cases, in_float64, before: Any, lossle
     runner = StaticRunner(backbone, bank, execution=Captured(before))
     try:
         for seed in range(4):
-            arguments = {"thresholds": script(seed), "max_new_tokens": N_TOKENS, "eos": -1, "lossless": lossless}
+            arguments = {
+                "thresholds": script(seed),
+                "max_new_tokens": N_TOKENS,
+                "eos_token_id": -1,
+                "lossless": lossless,
+            }
             for rows in (1, 4):
                 images = pixels[:rows].double().cuda()
                 exact = generate(backbone, bank, images, prompts[:rows], **arguments)

@@ -17,8 +17,8 @@ N_TOKENS = 12
 def test_beams_of_mixed_lengths_equal_hugging_face_one_by_one(case, length_penalty: float) -> None:
     backbone, model = case.backbone, case.backbone.model
     settings = {"max_new_tokens": N_TOKENS, "num_beams": 5, "length_penalty": length_penalty}
-    eos = generate(backbone, None, case.pixels, case.prompts, eos=-1, **settings)[0].tokens[5]
-    ours = generate(backbone, None, case.pixels, case.prompts, eos=eos, **settings)
+    eos = generate(backbone, None, case.pixels, case.prompts, eos_token_id=-1, **settings)[0].tokens[5]
+    ours = generate(backbone, None, case.pixels, case.prompts, eos_token_id=eos, **settings)
     for row, prompt in enumerate(case.prompts):
         output = model.generate(
             pixel_values=case.pixels[row : row + 1],

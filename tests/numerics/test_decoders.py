@@ -71,14 +71,21 @@ def test_greedy_tokens_equal_hugging_face_generate(case) -> None:
         wanted.append(tokens[0].tolist()[-20:])
         assert case.greedy(row, 20) == wanted[-1]
     assert len({token for tokens in wanted for token in tokens}) > 5, "a model that repeats itself compares nothing"
-    ours = generate(case.backbone, None, case.pixels, case.prompts, max_new_tokens=20, eos=-1)
+    ours = generate(case.backbone, None, case.pixels, case.prompts, max_new_tokens=20, eos_token_id=-1)
     assert [row.tokens for row in ours] == wanted
 
 
 def test_lossless_batches_give_the_tokens_of_full_depth_with_exits_that_disagree(case) -> None:
     bank = ExitBank(case.backbone, (1, 2)).eval()
     ours = generate(
-        case.backbone, bank, case.pixels, case.prompts, thresholds=0.0, max_new_tokens=16, eos=-1, lossless=True
+        case.backbone,
+        bank,
+        case.pixels,
+        case.prompts,
+        thresholds=0.0,
+        max_new_tokens=16,
+        eos_token_id=-1,
+        lossless=True,
     )
     assert [row.tokens for row in ours] == [case.greedy(row, 16) for row in range(3)]
     assert sum(row.drafted for row in ours) > sum(row.accepted for row in ours) > 0

@@ -34,7 +34,7 @@ def test_every_decoder_type_decodes_in_fixed_shapes_as_in_exact_ones(case, lossl
         table = [[rng.choice((0.0, 0.9999999, 2.0)) for _ in range(N_TOKENS)] for _ in range(2)]
         for rows in ([0], [0, 1, 2], [2, 1]):
             prompts = [case.prompts[row] for row in rows]
-            arguments = {"max_new_tokens": N_TOKENS - len(rows), "eos": -1, "lossless": lossless}
+            arguments = {"max_new_tokens": N_TOKENS - len(rows), "eos_token_id": -1, "lossless": lossless}
             exact, fixed = (
                 generate(
                     case.backbone,
@@ -58,7 +58,7 @@ def test_every_decoder_type_decodes_in_fixed_shapes_as_in_exact_ones(case, lossl
 def test_nothing_of_one_prompt_is_left_for_the_next(case) -> None:
     bank = perturbed_bank(case.backbone)
     runner = StaticRunner(case.backbone, bank)
-    arguments = {"thresholds": [0.0, 0.9999999], "max_new_tokens": 6, "eos": -1}
+    arguments = {"thresholds": [0.0, 0.9999999], "max_new_tokens": 6, "eos_token_id": -1}
     fresh = [
         generate(case.backbone, bank, case.pixels, case.prompts, runner=runner, **arguments)[row] for row in (0, 1)
     ]
@@ -77,7 +77,7 @@ def test_programs_of_every_decoder_type_are_one_graph_for_the_compiler(case) -> 
     bank = perturbed_bank(case.backbone)
     runner = StaticRunner(case.backbone, bank, execution=Compiled(backend="aot_eager"), lengths=(1, 4))
     policy = MaxProbPolicy([[0.9999999, 0.9999999, 0.0, 0.0, 0.9999999], [0.0, 0.9999999, 2.0, 2.0, 0.9999999]], 2)
-    arguments = {"thresholds": policy, "max_new_tokens": 8, "eos": -1}
+    arguments = {"thresholds": policy, "max_new_tokens": 8, "eos_token_id": -1}
     exact = generate(case.backbone, bank, case.pixels[:1], case.prompts[:1], **arguments)
     fixed = generate(case.backbone, bank, case.pixels[:1], case.prompts[:1], runner=runner, **arguments)
     assert fixed[0].tokens == exact[0].tokens and fixed[0].exit_layers == exact[0].exit_layers
