@@ -38,7 +38,9 @@ class ScriptedPolicy:
     def decide(
         self, exit_index: int, scores: Scores, positions: Sequence[int], earlier: Sequence[Sequence[int]]
     ) -> Decision:
-        self.seen += [(exit_index, position, logits.clone()) for position, logits in zip(positions, scores.logits)]
+        self.seen += [
+            (exit_index, position, logits.clone()) for position, logits in zip(positions, scores.logits, strict=True)
+        ]
         emit = [self.rng.random() < self.emit_rate for _ in positions]
         return Decision(scores.logits.argmax(-1), [0.5] * len(emit), emit)
 
