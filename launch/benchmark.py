@@ -156,13 +156,15 @@ def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
     costs = meter.costs(f"embedded, {torch.get_num_threads()} threads")
     if arguments.save_costs is not None:
         save_costs(costs, arguments.save_costs)
-    good = [r for r in results if (r.lossy["quality_ratio"] or 0) >= MIN_QUALITY] or results
+    by_quality = sorted(results, key=lambda r: r.lossy["quality_ratio"] or 0)
+    good = [r for r in results if (r.lossy["quality_ratio"] or 0) >= MIN_QUALITY] or by_quality[-1:]
     exact = [r for r in results if r.lossless["identical"] == r.lossless["samples"]] or results
     setting = ExitSetting(layers=bank.exit_layers, head="pruned", gate=True, false_open=false_open)
     return {
         "lossy": max((r.lossy for r in good), key=lambda row: row["speedup"]),
         "lossless": max((r.lossless for r in exact), key=lambda row: row["speedup"]),
         "batch8_ratio": min(r.batch8_ratio for r in results),
+        "batch8_ratio_chosen": min(r.batch8_ratio_chosen for r in results),
         "check_blocks": visit_cost(costs, setting),
         "check_blocks_plain": visit_cost(costs, ExitSetting(layers=bank.exit_layers)),
         "false_open": false_open,

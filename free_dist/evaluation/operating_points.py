@@ -32,6 +32,9 @@ FIRST_IMAGES = 4
 """Images on which all candidates are tried."""
 SLACK = 0.1
 """Relative quality that a candidate may lack on few images and still be tried on more."""
+MARGIN = 0.005
+"""Relative quality wanted on the calibration split beyond what is wanted of the test split: the best of many candidates is
+in part the luckiest."""
 EXACT_THRESHOLDS = (0.5, 0.9)
 """Tried for lossless decoding, where a threshold decides speed alone."""
 
@@ -107,9 +110,10 @@ def choose(
 ) -> tuple[Operating, Operating]:
     """Operating points for lossy and for lossless decoding of a task.
 
-    Lossy: every set of exits at every threshold of ``candidates`` answers ``samples`` calibration samples; of those that keep
-    ``min_quality`` of the full model's, the ``finalists`` cheapest by weights read are timed, and the fastest wins.  Where none
-    keeps it, the one of highest quality is taken.  Lossless keeps all quality: single exits and all together are timed.
+    Lossy: every set of exits at every threshold of ``candidates`` answers up to ``samples`` calibration samples; of those that
+    keep ``min_quality`` of the full model's, with a small margin, the ``finalists`` cheapest by weights read are timed, and the
+    fastest wins.  Where none keeps it, the one of highest quality is taken.  Lossless keeps all quality: single exits and all
+    together are timed.
     From ``deadline`` on (``time.monotonic()``) no more samples are answered than a few, and quality is that of fewer.
     """
     evaluation = replace(model.recipe.evaluation, split="calibration", max_samples=samples)
@@ -158,7 +162,7 @@ def _cheapest(
         safe = next((i for i in cheap if shares[i] >= 1), int(shares.argmax()))
         left = near[: max(2 * finalists, len(near) // 2)]
         points = [points[i] for i in (left if safe in left else [*left, safe])]
-    kept = [i for i in cheap if shares[i] >= min_quality] or [int(shares.argmax())]
+    kept = [i for i in cheap if shares[i] >= min_quality + MARGIN] or [int(shares.argmax())]
     return [points[i] for i in kept[:finalists]]
 
 

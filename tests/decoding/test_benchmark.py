@@ -274,6 +274,7 @@ def test_a_task_yields_a_row_per_decoder_and_kind_of_length(model: Model) -> Non
     ]
     assert result.lossless["identical"] == result.lossless["samples"] == 8
     assert result.batch8_ratio == min(row["speedup"] for row in result.arms[-2:])
+    assert result.batch8_ratio_chosen == result.arms[-2]["speedup"]
     assert result.lossy["speedup"] == max(result.arms[i]["speedup"] for i in (1, 5))
     exact = ("full, runner", "lossless, runner", "hf")
     assert [row["identical"] for row in result.arms[: len(methods)] if row["method"] in exact] == [8, 8, 8]
