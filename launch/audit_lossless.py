@@ -20,7 +20,7 @@ from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--exits", type=Path, default=Path("runs/quickstart/exits/export"), metavar="DIR")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--tasks", type=tasks, default=TASKS, metavar="TASK,...", help="default: all of %(default)s")
     parser.add_argument("--threshold", type=float, default=0.5, help="of drafts (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
     parser.add_argument("--samples", type=int, default=0, help="per task; 0 for all (default)")
@@ -70,7 +70,9 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
             if ours.tokens == theirs:
                 same += 1
                 continue
-            place = next(n for n, pair in enumerate(zip(ours.tokens, theirs, strict=False)) if pair[0] != pair[1])
+            pairs = zip(ours.tokens, theirs, strict=False)
+            place = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
+            assert place is not None, "answers that end alike are as long as each other"
             judge = backbone if exact is None else exact
             row = torch.tensor([ids + theirs[:place]])
             features = judge(pixels.float(), torch.zeros(1, dtype=torch.long), row, ()).final[:, -1]
@@ -80,6 +82,15 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
             differences.append({"task": task, "sample": i, "position": place, "tokens": tokens, "logit_gap": gap})
         counts[task] = {"samples": len(samples), "identical": same, "drafted": drafted, "accepted": accepted}
     return {"dtype": arguments.dtype, "threshold": arguments.threshold, "tasks": counts, "differences": differences}
+
+
+def tasks(text: str) -> tuple[str, ...]:
+    """Names of tasks, separated by commas."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in TASKS:
+            raise argparse.ArgumentTypeError(f"{name!r}: want some of {', '.join(TASKS)}, separated by commas")
+    return names
 
 
 if __name__ == "__main__":

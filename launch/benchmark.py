@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument(
         "--exits", type=Path, default=DEFAULT_EXITS, metavar="DIR", help="trained exits (default: %(default)s)"
     )
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument("--tasks", type=tasks, default=TASKS, metavar="TASK,...", help="default: all of %(default)s")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out Hugging Face compiled, which takes minutes"
     )
@@ -260,6 +260,15 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
 
 def _progress(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def tasks(text: str) -> tuple[str, ...]:
+    """Names of tasks, separated by commas."""
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in TASKS:
+            raise argparse.ArgumentTypeError(f"{name!r}: want some of {', '.join(TASKS)}, separated by commas")
+    return names
 
 
 if __name__ == "__main__":

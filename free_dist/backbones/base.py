@@ -59,6 +59,8 @@ class Start(NamedTuple):
     """Positions of each row, B values from 1 to T."""
     memory: Memory | None
     """What an encoder read, for cross-attention; None for decoder-only models."""
+    start_token_id: int | None = None
+    """With an encoder: the token that opens the decoder's sequence."""
 
 
 class BlockCall(Protocol):

@@ -99,7 +99,7 @@ class T5Decoder(TextDecoder):
         return span
 
     def start(self, prompt: Start) -> Start:
-        hidden, lengths, _ = prompt
+        hidden, lengths = prompt.hidden, prompt.lengths
         n_rows, longest, _ = hidden.shape
         mask = None
         if min(lengths) < longest:
@@ -107,7 +107,7 @@ class T5Decoder(TextDecoder):
         states = self.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
         first = torch.full((n_rows, 1), self.start_token_id, device=hidden.device)
         memory = Memory(states, None if mask is None else mask[:, None, None])
-        return Start(self.embed_tokens(first), [1] * n_rows, memory)
+        return Start(self.embed_tokens(first), [1] * n_rows, memory, self.start_token_id)
 
 
 class ScaledNorm(nn.Module):

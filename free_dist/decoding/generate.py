@@ -9,6 +9,7 @@ Shape letters: B rows, T prompt positions (image placeholders included), Q query
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -90,6 +91,10 @@ def generate(
     if max_draft_tokens < 1:
         raise UserError(f"max_draft_tokens={max_draft_tokens}: want at least 1")
     beams = None
+    if eos_token_id is not None and not isinstance(eos_token_id, int):
+        raise UserError(
+            f"eos_token_id={eos_token_id!r}: want one id, None for the backbone's own, or a negative one for none"
+        )
     if num_beams != 1:
         if lossless or do_sample or streamer is not None or stopping_criteria is not None:
             raise UserError(
@@ -126,7 +131,7 @@ def generate(
         streamer.put(torch.tensor([token]))
 
     # With an encoder, the decoder's ids are all that transformers shows, too.
-    shown = prompts if start.memory is None else [[backbone.layout.bos_token_id]] * len(prompts)
+    shown = prompts if start.start_token_id is None else [[start.start_token_id]] * len(prompts)
     criteria = None if stopping_criteria is None else StoppingCriteriaList(stopping_criteria)
 
     def should_stop(row: int, tokens: list[int]) -> bool:
@@ -196,6 +201,8 @@ def _policy(backbone: Backbone, bank: ExitBank, thresholds: Thresholds | ExitPol
         )
     if thresholds is None:
         raise ValueError("thresholds: give one for all exits, one per exit, or a policy (1 or more never exits)")
-    if isinstance(thresholds, (int, float, Sequence)):
+    if isinstance(thresholds, (int, float, Real, Sequence)):
         return MaxProbPolicy(thresholds, len(bank.exit_layers))
+    if isinstance(thresholds, Tensor):
+        raise ValueError("thresholds: a tensor is neither numbers nor a policy; give thresholds.tolist()")
     return thresholds

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from free_dist.decoding.sampling import Sampler
@@ -90,8 +89,3 @@ class DraftLength:
             if value > best_value:
                 best, best_value = length, value
         return best
-
-
-def best_tokens(logits: Tensor) -> list[int]:
-    """Most likely token of each row of [N, V]; one host synchronisation."""
-    return torch.argmax(logits, dim=-1).tolist()
