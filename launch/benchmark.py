@@ -212,6 +212,7 @@ def shape(arguments: argparse.Namespace) -> dict[str, Any]:
         prompt=sizes.n_queries + (2 if quick else 8),
         rounds=1 if quick else arguments.rounds or 2,
         plain=not quick,
+        seconds=QUICK_SECONDS - 10 if quick else None,
         blocks_per_sample=2 if quick else 4,
         positions=(1, 2, 4, 8) if quick else (1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
     )

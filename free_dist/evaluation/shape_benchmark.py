@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from free_dist.backbones import Backbone, Blip2Backbone
 from free_dist.decoding.decoder import Decoder, DecoderOptions
 from free_dist.evaluation.benchmark import median_with_interval, ratio_with_interval
-from free_dist.evaluation.cost_model import DecodeCosts, ExitSetting, predict, typical_script, visit_cost
+from free_dist.evaluation.cost_model import DecodeCosts, ExitSetting, at_positions, predict, typical_script, visit_cost
 from free_dist.evaluation.measure_costs import CostMeter
 from free_dist.evaluation.shape import Script, ScriptedChecks, random_checks
 from free_dist.exits import ExitBank
@@ -57,8 +57,8 @@ class ShapePlan:
     positions: tuple[int, ...] = (1, 2, 4, 8, 16)
     """New positions at which blocks are timed; those above ``tokens`` are left out."""
     blocks_per_sample: int = 4
-    deadline: float | None = None
-    """``time.monotonic()`` after which no further round begins."""
+    seconds: float | None = None
+    """About how long one round may take; answers get as many tokens as fit, ``tokens`` to three times as many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,8 @@ def run_shape(
     for _ in range(plan.cost_samples):
         meter.sample()
     arms = shape_arms(backbone, bank, plan, int8=int8)
+    if plan.seconds is not None:
+        plan = replace(plan, tokens=_affordable_tokens(plan, meter.costs(), len(arms)))
     prefills: dict[str, list[float]] = {arm.name: [] for arm in arms}
     times: dict[str, list[float]] = {arm.name: [] for arm in arms}
     layout = backbone.layout
@@ -163,8 +165,6 @@ def run_shape(
     words = torch.randint(5, backbone.vocab_size - 5, (plan.prompt - layout.num_query_tokens,), generator=generator)
     prompt = [layout.image_token_id] * layout.num_query_tokens + words.tolist()
     for number in range(plan.rounds):
-        if number and plan.deadline is not None and time.monotonic() > plan.deadline:
-            break
         progress(f"round {number + 1} of {plan.rounds}")
         costs = meter.costs()
         steppers = {}
@@ -217,7 +217,7 @@ def shape_arms(
 
 
 @torch.inference_mode()
-def vision_seconds(backbone: Blip2Backbone, repeats: int = 3) -> tuple[float, tuple[float, float]]:
+def vision_seconds(backbone: Blip2Backbone, repeats: int = 1) -> tuple[float, tuple[float, float]]:
     """Median and interval of encoding one image."""
     size = backbone.model.config.vision_config.image_size
     pixels = torch.randn(1, 3, size, size).to(next(backbone.parameters()))
@@ -231,6 +231,15 @@ def vision_seconds(backbone: Blip2Backbone, repeats: int = 3) -> tuple[float, tu
 
 def _cheap(plan: ShapePlan, bank: ExitBank) -> ExitSetting:
     return ExitSetting(layers=bank.exit_layers, head="pruned", gate=True, false_open=plan.false_open)
+
+
+def _affordable_tokens(plan: ShapePlan, costs: DecodeCosts, n_arms: int) -> int:
+    """Tokens per answer for a round of ``plan.seconds``: no decoder is much slower than full depth, costs take about as long."""
+    assert plan.seconds is not None
+    prefill = costs.n_blocks * at_positions(costs.block, plan.prompt)
+    token = costs.n_blocks * costs.block[1] + costs.head
+    affordable = int((plan.seconds - n_arms * prefill) / ((n_arms + 1) * token))
+    return min(max(affordable, plan.tokens), 3 * plan.tokens)
 
 
 def _script(arm: ShapeArm, costs: DecodeCosts, plan: ShapePlan, seed: int) -> list[int]:

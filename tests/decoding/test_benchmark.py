@@ -139,6 +139,8 @@ def test_the_shape_benchmark_times_every_decoder_on_every_token(shaped: tuple[Bl
     shares = {"shallow": {1: 0.5, 3: 0.25}, "deep": {5: 0.25}}
     plan = ShapePlan(distributions=shares, tokens=4, prompt=5, rounds=2, cost_samples=1, pruned_size=40, rank=8)
     result = run_shape(backbone, bank, plan, int8=int8_copy(backbone))
+    longer = run_shape(backbone, bank, replace(plan, seconds=1000.0, rounds=1))
+    assert {row["tokens"] for row in longer.arms} == {12}  # no more than three times as many
     names = ["full", "mechanism", "int8", "shallow", "shallow, plain checks", "deep", "deep, plain checks"]
     assert [row["name"] for row in result.arms] == names
     for row in result.arms:
