@@ -19,6 +19,15 @@ EMBEDDED_BACKBONE = "embedded"
 TASKS = ("vqa", "caption", "dialogue")
 """Names of the tasks that records can be turned into."""
 
+POLICY_NAMES = ("max_prob", "entropy", "margin", "patience")
+"""Names of the exit policies (``free_dist.decoding.policy``)."""
+
+EXIT_HEADS = ("full", "pruned", "low_rank")
+"""Ways of reading an exit feature (``free_dist.exits.gate``)."""
+
+RUNNERS = ("eager", "compile", "reduce-overhead", "graph", "compile+graph")
+"""Names of the runners (``free_dist.decoding.runners``)."""
+
 
 class UserError(ValueError):
     """A mistake that the person who started the program can put right; launchers print it as one line, without traceback.

@@ -85,6 +85,14 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, default: str = "bui
     parser.epilog = "\n\n".join(part for part in (parser.epilog, recipe_help()) if part)
 
 
+def positive_integer(text: str) -> int:
+    """A command-line value of at least 1; argparse shows the error."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: want at least 1")
+    return value
+
+
 def recipe_help() -> str:
     """Every field of a recipe: dotted name, type, default, and the docstring under it."""
     lines = ["recipe fields (KEY: type = default), for --config files and KEY=VALUE overrides:"]

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from free_dist.config import TASKS, MissingFileError, UserError
+from free_dist.config import RUNNERS, TASKS, MissingFileError, UserError
 from free_dist.recipe_io import fail_clearly, load_recipe
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from free_dist.exits import ExitBank
     from free_dist.exits.gate import ExitChecks
 
-RUNNERS = ("eager", "compile", "reduce-overhead", "graph", "compile+graph")
-"""As in free_dist.decoding.runners, which would import torch."""
 DEFAULT_EXITS = Path("runs/quickstart/exits/export")
 SHAPE_EXITS = (6, 12, 18)
 """Blocks that the exits of the shape preset follow."""

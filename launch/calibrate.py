@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from free_dist.config import TASKS, ConfigError, MissingFileError, Recipe
-from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, positive_integer
 
 if TYPE_CHECKING:
     from free_dist.decoding.calibrate import Decision
@@ -214,14 +214,6 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text}: want a number between 0 and 1, such as 0.01")
-    return value
-
-
-def positive_integer(text: str) -> int:
-    """A command-line value of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: want at least 1")
     return value
 
 

@@ -21,6 +21,8 @@ from PIL import Image
 
 from free_dist.config import (
     EMBEDDED_BACKBONE,
+    EXIT_HEADS,
+    POLICY_NAMES,
     TASKS,
     ConfigError,
     DataConfig,
@@ -28,7 +30,7 @@ from free_dist.config import (
     MissingFileError,
     UserError,
 )
-from free_dist.recipe_io import fail_clearly
+from free_dist.recipe_io import fail_clearly, positive_integer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     from free_dist.decoding.policy import ExitPolicy
 
 DEFAULT_EXITS = Path("runs/quickstart/exits/export")
-POLICIES = ("max_prob", "entropy", "margin", "patience")
-EXIT_HEADS = ("full", "pruned", "low_rank")
 EXIT_COLOURS = (
     "green", "cyan", "yellow", "magenta", "blue", "bright_green", "bright_cyan", "bright_yellow", "bright_magenta",
     "bright_blue",
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="for every exit, or one per exit as in 0.9,0.8,0.7: 0 always exits, 1 or more never; default: as exported",
     )  # fmt: skip
     exits.add_argument(
-        "--policy", choices=POLICIES, default="max_prob", help="what confidence is (default: %(default)s)"
+        "--policy", choices=POLICY_NAMES, default="max_prob", help="what confidence is (default: %(default)s)"
     )
     exits.add_argument(
         "--patience", type=positive_integer, metavar="EXITS",
@@ -318,14 +318,6 @@ def show(console: Console, found: Answer, exit_layers: tuple[int, ...], encoder:
     if result.score is not None:
         summary += f"; score {result.score:.3f}"
     console.print(summary, markup=False, highlight=False, soft_wrap=True)
-
-
-def positive_integer(text: str) -> int:
-    """A command-line value of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: want at least 1")
-    return value
 
 
 def temperature(text: str) -> float:

@@ -86,12 +86,49 @@ class ContiguousSpan(Span):
         store[:, self.start : self.stop] = new
 
 
-class RaggedSpan(Span):
-    """Some rows of the cache, each with its own new positions, aligned on the right.
+class IndexedSpan(Span):
+    """Rows of the cache with new positions of their own each, aligned on the right.
 
     Row r has positions ``starts[r]`` to ``stops[r] - 1``; shorter rows begin with padding, which goes to the spare slot C
-    that nobody attends to, so it changes nothing.
+    that nobody attends to, so it changes nothing.  Every tensor is a function of the three index tensors.
     """
+
+    def __init__(self, rows: Tensor, starts: Tensor, stops: Tensor, *, n_new: int, capacity: int, visible: int) -> None:
+        """``rows``, ``starts``, ``stops``: [R]; ``visible``: slots that queries may look at, behind the mask."""
+        device = rows.device
+        positions = stops[:, None] - n_new + torch.arange(n_new, device=device)
+        is_padding = positions < starts[:, None]
+        self.rows = rows
+        """Rows of the cache that take part, [R]."""
+        self._positions = positions.masked_fill(is_padding, 0)
+        self._slots = positions.masked_fill(is_padding, capacity)
+        self._entries = (rows[:, None] * (capacity + 1) + self._slots).flatten()
+        self._head_entries: Tensor | None = None
+        self._visible = visible
+        self.mask = (torch.arange(visible, device=device) <= self._positions[:, :, None])[:, None]
+        self.last_mask = self.mask[:, :, -1:]
+
+    def positions(self, device: torch.device) -> Tensor:
+        return self._positions
+
+    def write(self, store: Tensor, new: Tensor) -> Tensor:
+        # One index over the flattened cache: several times faster than indexing two dimensions of it.
+        n_heads, n_slots, width = store.shape[1:]
+        if self._head_entries is None:
+            heads = self.rows[:, None, None] * n_heads + torch.arange(n_heads, device=store.device)[:, None]
+            self._head_entries = (heads * n_slots + self._slots[:, None]).flatten()
+        store.view(-1, width).index_copy_(0, self._head_entries, new.reshape(-1, width))
+        return self.select(store[:, :, : self._visible])
+
+    def gather(self, store: Tensor) -> Tensor:
+        return store.view(-1, store.shape[2]).index_select(0, self._entries).view(*self._slots.shape, store.shape[2])
+
+    def scatter(self, store: Tensor, new: Tensor) -> None:
+        store.view(-1, store.shape[2]).index_copy_(0, self._entries, new.reshape(-1, new.shape[2]))
+
+
+class RaggedSpan(IndexedSpan):
+    """An :class:`IndexedSpan` from numbers on the host, just as long and as far-looking as its rows need."""
 
     def __init__(
         self,
@@ -104,39 +141,12 @@ class RaggedSpan(Span):
         device: torch.device,
     ) -> None:
         n_new = max(stop - start for start, stop in zip(starts, stops, strict=True))
-        stops_column = torch.tensor(stops, device=device)[:, None]
-        positions = stops_column - n_new + torch.arange(n_new, device=device)
-        is_padding = positions < torch.tensor(starts, device=device)[:, None]
-        self.visible = max(stops)
-        self._positions = positions.masked_fill(is_padding, 0)
-        self._slots = self._positions.masked_fill(is_padding, capacity)  # the spare slot
-        self._rows = torch.tensor(rows, device=device)
+        index = torch.tensor([list(rows), list(starts), list(stops)], device=device)
+        super().__init__(*index, n_new=n_new, capacity=capacity, visible=max(stops))
         self._all_rows = list(rows) == list(range(n_rows))
-        self._entries = (self._rows[:, None] * (capacity + 1) + self._slots).flatten()
-        self._head_entries: Tensor | None = None
-        self.mask = (torch.arange(self.visible, device=device) <= self._positions[:, :, None])[:, None]
-        self.last_mask = self.mask[:, :, -1:]
-
-    def positions(self, device: torch.device) -> Tensor:
-        return self._positions
-
-    def write(self, store: Tensor, new: Tensor) -> Tensor:
-        # One index over the flattened cache: several times faster than indexing two dimensions of it.
-        n_heads, n_slots, width = store.shape[1:]
-        if self._head_entries is None:
-            heads = self._rows[:, None, None] * n_heads + torch.arange(n_heads, device=store.device)[:, None]
-            self._head_entries = (heads * n_slots + self._slots[:, None]).flatten()
-        store.view(-1, width).index_copy_(0, self._head_entries, new.reshape(-1, width))
-        return self.select(store[:, :, : self.visible])
 
     def select(self, rows: Tensor) -> Tensor:
-        return rows if self._all_rows else rows.index_select(0, self._rows)
-
-    def gather(self, store: Tensor) -> Tensor:
-        return store.view(-1, store.shape[2]).index_select(0, self._entries).view(*self._slots.shape, store.shape[2])
-
-    def scatter(self, store: Tensor, new: Tensor) -> None:
-        store.view(-1, store.shape[2]).index_copy_(0, self._entries, new.reshape(-1, new.shape[2]))
+        return rows if self._all_rows else rows.index_select(0, self.rows)
 
 
 class LayerCache:
@@ -169,13 +179,12 @@ class LayerCache:
         """Store [R, H, T, E] new keys and values; return all that the queries may look at, [R, H, cached + T, E]."""
         return span.write(self.keys, key), span.write(self.values, value)
 
-    def take_rows(self, rows: Tensor) -> None:
-        """Make row i what row ``rows[i]`` was; rows may be dropped or repeated."""
+    def take_rows(self, rows: Tensor, memory: Memory | None) -> None:
+        """Make row i what row ``rows[i]`` was; rows may be dropped or repeated.  ``memory`` is that of the new rows."""
+        self.memory = memory
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         if self.cross is not None:
             self.cross = (self.cross[0].index_select(0, rows), self.cross[1].index_select(0, rows))
-        if self.memory is not None:
-            self.memory = self.memory.take_rows(rows)
 
 
 def causal_mask(n_new: int, n_past: int, device: torch.device) -> Tensor | None:

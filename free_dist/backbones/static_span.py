@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from free_dist.backbones.span import Span
+from free_dist.backbones.span import IndexedSpan
 
 
 class StaticGeometry:
@@ -43,7 +43,7 @@ class StaticGeometry:
         copy_to_device([[*rows, *spare], [*starts, *nothing], [*stops, *nothing], [*tokens, *nothing]], self.table)
 
 
-class StaticSpan(Span):
+class StaticSpan(IndexedSpan):
     """T positions for each row of a :class:`StaticGeometry`, aligned on the right; padding goes to the spare slot C.
 
     Make one inside the code that is captured or compiled: its tensors are functions of the buffer, not of what is in it now.
@@ -51,42 +51,17 @@ class StaticSpan(Span):
 
     def __init__(self, geometry: StaticGeometry, n_new: int, capacity: int, *, leading: bool) -> None:
         """``leading``: row r of the call is row r of the cache, so that rows are taken by a view and not by a copy."""
-        self.rows, starts, stops, self.tokens = geometry.table.unbind(0)
+        rows, starts, stops, self.tokens = geometry.table.unbind(0)
+        # The spare slot C is among the visible ones, but beyond every position: the mask hides it.
+        super().__init__(rows, starts, stops, n_new=n_new, capacity=capacity, visible=capacity + 1)
         self.stops = stops
         """[R], positions of each row after the call; 0 for spare rows."""
         self.is_spare = stops == starts
         """[R], true where a row takes no part."""
-        device = geometry.table.device
-        positions = stops[:, None] - n_new + torch.arange(n_new, device=device)
-        is_padding = positions < starts[:, None]
         self._leading = leading
-        self._positions = positions.masked_fill(is_padding, 0)
-        self._slots = positions.masked_fill(is_padding, capacity)
-        self._entries = (self.rows[:, None] * (capacity + 1) + self._slots).flatten()
-        self._head_entries: Tensor | None = None
-        # The spare slot C lies beyond every position, so no query sees it.
-        self.mask = (torch.arange(capacity + 1, device=device) <= self._positions[:, :, None])[:, None]
-        self.last_mask = self.mask[:, :, -1:]
-
-    def positions(self, device: torch.device) -> Tensor:
-        return self._positions
-
-    def write(self, store: Tensor, new: Tensor) -> Tensor:
-        n_heads, n_slots, width = store.shape[1:]
-        if self._head_entries is None:
-            heads = self.rows[:, None, None] * n_heads + torch.arange(n_heads, device=store.device)[:, None]
-            self._head_entries = (heads * n_slots + self._slots[:, None]).flatten()
-        store.view(-1, width).index_copy_(0, self._head_entries, new.reshape(-1, width))
-        return self.select(store)
 
     def select(self, rows: Tensor) -> Tensor:
         return rows[: self.rows.shape[0]] if self._leading else rows.index_select(0, self.rows)
-
-    def gather(self, store: Tensor) -> Tensor:
-        return store.view(-1, store.shape[2]).index_select(0, self._entries).view(*self._slots.shape, store.shape[2])
-
-    def scatter(self, store: Tensor, new: Tensor) -> None:
-        store.view(-1, store.shape[2]).index_copy_(0, self._entries, new.reshape(-1, new.shape[2]))
 
 
 def copy_to_device(values: Sequence[Sequence[float]], buffer: Tensor) -> None:

@@ -221,12 +221,12 @@ class PendingCache:
     def _move_rows(self, rows: Sequence[int]) -> None:
         """Keys, values and states of row i become those of row ``rows[i]``."""
         index = torch.tensor(rows, device=self.device)
-        for cache in (*self.block_caches, *self.exit_caches):
-            if cache is not None:
-                cache.take_rows(index)
-        self._inputs = [None if store is None else store.index_select(0, index) for store in self._inputs]
         if self._memory is not None:
             self._memory = self._memory.take_rows(index)
+        for cache in (*self.block_caches, *self.exit_caches):
+            if cache is not None:
+                cache.take_rows(index, self._memory)
+        self._inputs = [None if store is None else store.index_select(0, index) for store in self._inputs]
 
     def _span(self, rows: Sequence[int], starts: list[int], stops: list[int]) -> ContiguousSpan | RaggedSpan:
         first = rows[0]

@@ -18,14 +18,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from free_dist.config import UserError, nearest
+from free_dist.config import POLICY_NAMES, UserError, nearest
 from free_dist.exits.gate import Scores
 
 Thresholds = float | Sequence[float] | Sequence[Sequence[float]]
 """One for all exits, one per exit [K], or a table [K][P] per exit and answer position."""
-
-POLICY_NAMES = ("max_prob", "entropy", "margin", "patience")
-"""Names that :func:`make_policy` knows."""
 
 
 class Decision(NamedTuple):

@@ -18,16 +18,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from free_dist.backbones import Backbone, Start
-from free_dist.config import UserError
+from free_dist.config import RUNNERS, UserError
 from free_dist.decoding.execution import Captured, Compiled, Execution, eagerly
 from free_dist.decoding.frame import Frame, Model
 from free_dist.decoding.policy import ExitPolicy, MaxProbPolicy
 from free_dist.decoding.static_cache import StaticPendingCache
 from free_dist.exits import ExitBank, ExitTransformer
 from free_dist.exits.gate import ExitChecks, FullHead
-
-RUNNERS = ("eager", "compile", "reduce-overhead", "graph", "compile+graph")
-"""Names that :func:`make_runner` knows."""
 
 LENGTHS = (1, 2, 4, 8, 16)
 """Positions of a call that has a program; longer calls, such as reading a prompt, run operator by operator."""

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone
-from free_dist.config import TASKS
+from free_dist.config import EXIT_HEADS, TASKS
 from free_dist.exits.check_files import FittedChecks, Table, build_checks
 from free_dist.exits.check_fitting import CHUNK, CheckRows, doubled, screen_agreement, worthwhile_positions
-from free_dist.exits.gate import HEADS, CheckCosts, CheckOptions, ExitChecks, linear_head, setting_name
+from free_dist.exits.gate import CheckCosts, CheckOptions, ExitChecks, linear_head, setting_name
 from free_dist.exits.transformer import ExitBank
 
 
@@ -144,7 +144,7 @@ def ask_all(
 ) -> dict[str, Answers]:
     """Setting -> answers, for every combination of gate, discriminator and head, at the fitted sizes and thresholds."""
     found = {}
-    for head in HEADS:
+    for head in EXIT_HEADS:
         options = CheckOptions(gate=True, discriminator=True, head=head, rescored=rescored)
         answers = ask(build_checks(bank, fitted, options), rows, fitted.thresholds, backbone)
         for gate, discriminator in itertools.product((False, True), repeat=2):
@@ -226,7 +226,7 @@ def worth_asking(fitted: FittedChecks, setting: str, rows: CheckRows) -> Tensor:
 def measure(fitted: FittedChecks, bank: ExitBank, backbone: Backbone, rows: CheckRows) -> CheckReport:
     """Everything above on rows that no part of the fitting has seen."""
     answers = ask_all(bank, fitted, rows, backbone)
-    both = answers[setting_name(gate=True, discriminator=True, head=HEADS[0])]
+    both = answers[setting_name(gate=True, discriminator=True, head=EXIT_HEADS[0])]
     layers, n_blocks = bank.exit_layers, backbone.n_blocks
     return CheckReport(
         rows=len(rows.final_tokens),

@@ -21,12 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from free_dist.backbones import Backbone
-from free_dist.config import ConfigError, UserError
+from free_dist.config import EXIT_HEADS, ConfigError, UserError
 from free_dist.exits.classifier import LEAK, FeatureClassifiers
 from free_dist.exits.transformer import ExitBank
-
-HEADS = ("full", "pruned", "low_rank")
-"""Ways of reading an exit feature."""
 
 
 class Scores(NamedTuple):
@@ -65,8 +62,8 @@ class CheckOptions:
         return setting_name(gate=self.gate, discriminator=self.discriminator, head=self.head)
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ConfigError(f"head={self.head!r}: want one of {', '.join(HEADS)}")
+        if self.head not in EXIT_HEADS:
+            raise ConfigError(f"head={self.head!r}: want one of {', '.join(EXIT_HEADS)}")
         for name, size in (("pruned_size", self.pruned_size), ("rank", self.rank), ("rescored", self.rescored)):
             if size is not None and size < 1:
                 raise ConfigError(f"{name}={size}: want at least 1")
