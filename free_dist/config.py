@@ -22,8 +22,20 @@ TASKS = ("vqa", "caption", "dialogue")
 POLICY_NAMES = ("max_prob", "entropy", "margin", "patience")
 """Names of the exit policies (``free_dist.decoding.policy``)."""
 
+EXIT_VARIANTS = ("full", "lora", "bottleneck")
+"""Kinds of exit transformers (``free_dist.exits.variants``)."""
+
 EXIT_HEADS = ("full", "pruned", "low_rank")
 """Ways of reading an exit feature (``free_dist.exits.gate``)."""
+
+FINETUNE_PARTS = ("vision", "qformer", "projection", "lora", "all")
+"""Parts of a backbone that stage 1 can train."""
+
+UNTRAINED_BACKBONE = "untrained"
+"""``finetune.start`` of stage 1 from random weights."""
+
+ATTENTIONS = ("sdpa", "flash_attention_2")
+"""Attention implementations that are causal without a mask (``free_dist.backbones.loading``)."""
 
 RUNNERS = ("eager", "compile", "reduce-overhead", "graph", "compile+graph")
 """Names of the runners (``free_dist.decoding.runners``)."""
@@ -49,7 +61,11 @@ class BackboneConfig:
     """Which frozen vision-language model the exits hang on."""
 
     path: str = EMBEDDED_BACKBONE
-    """Hugging Face directory of a BLIP-2 checkpoint, or ``embedded`` for the one that ships with the package."""
+    """Hugging Face directory of a BLIP-2 or InstructBLIP checkpoint, or ``embedded`` for the one that ships with the package."""
+    attn_implementation: str = "sdpa"
+    """Attention of the language model's own blocks: ``sdpa``, or ``flash_attention_2`` (needs a GPU, flash-attn, bfloat16)."""
+    allow_pickle: bool = False
+    """Read ``pytorch_model.bin`` where a checkpoint has no safetensors; with ``weights_only``, so it runs no code."""
 
 
 @dataclass(kw_only=True)
@@ -78,8 +94,14 @@ class ExitsConfig:
 
     exit_layers: list[int] = field(default_factory=lambda: [2, 4, 7])
     """``k`` means an exit after block ``k``; 1-based, strictly increasing, at most the number of blocks."""
+    variant: str = "full"
+    """``full``: a trainable block; ``lora``: low-rank updates of a frozen one; ``bottleneck``: a small map without attention."""
     init: str = "next"
-    """Block an exit transformer is copied from: ``same`` (block k), ``next`` (block k+1) or ``last`` (block L)."""
+    """Block an exit starts from: ``same`` (block k), ``next`` (block k+1) or ``last`` (block L); a bottleneck uses none."""
+    rank: int = 16
+    """Rank of the updates of ``lora``."""
+    bottleneck_size: int | None = None
+    """Inner width of ``bottleneck``; None: a quarter of the model's width."""
     discriminator_hidden_size: int = 256
     """Width of the feature classifier's hidden layer."""
 
@@ -106,8 +128,8 @@ class TrainingConfig:
 
     max_steps: int = 300
     """Optimizer steps."""
-    warmup_steps: int = 20
-    """Steps of linear learning-rate warm-up, followed by a cosine to zero."""
+    warmup_steps: int | None = None
+    """Steps of linear learning-rate warm-up, followed by a cosine to zero. None: 20, or all steps of a shorter run."""
     seed: int = 0
     """Seed of initialisation, data order and task choice."""
     log_every: int = 10
@@ -116,6 +138,8 @@ class TrainingConfig:
     """Steps between two logs of sample captions; 0 for never."""
     expected_world_size: int | None = None
     """Number of processes the run was meant for; a smaller launch is an error. None accepts any."""
+    expected_rows_per_step: int | None = None
+    """Rows of one optimizer step, over all processes, that steps and learning rates were meant for. None accepts any."""
 
 
 @dataclass(kw_only=True)
@@ -148,22 +172,38 @@ class EvaluationConfig:
 class FinetuneConfig:
     """Stage 1: training the backbone itself on the task data."""
 
-    n_blocks: int = 16
-    """Decoder blocks of the embedded backbone."""
+    start: str | None = None
+    """Backbone directory to start from; None is ``backbone.path``, ``untrained`` a new embedded backbone."""
+    n_blocks: int | None = None
+    """Decoder blocks of an untrained backbone (None: 16); a shallower start is grown to so many (None: not at all)."""
     vision_steps: int = 0
     """Steps that vision tower and Q-Former train first, without the language model, on which answers belong to an image."""
-    start: str | None = None
-    """Backbone directory to start from; a shallower one is grown to ``n_blocks``. None starts untrained."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    train: list[str] = field(default_factory=lambda: ["qformer", "projection"])
+    """What is trained: any of ``vision``, ``qformer``, ``projection``, ``lora`` (on the language model); or ``all``, alone."""
+    lora_rank: int = 16
+    """Rank of the low-rank update of every adapted matrix."""
+    lora_alpha: int = 32
+    """The update is multiplied by alpha / rank."""
+    lora_dropout: float = 0.05
+    """Dropout before the low-rank update."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Names of the adapted linear maps inside the language model's blocks; empty: query and value of every attention."""
+    keep_adapter: bool = False
+    """Also write the LoRA adapter by itself, as a ``peft`` directory; the backbone's directory has it merged either way."""
+    augment_images: bool = False
+    """Mirror and shift training images."""
+    learning_rate: float = 1e-4
+    """Peak learning rate; that of the ds_config, which is meant for exits, is not used."""
     weight_decay: float = 0.05
-    """AdamW weight decay; of the decoder's matrices, not of its biases and norms."""
+    """Weight decay of matrices, not of biases and norms; that of the ds_config is not used."""
     batch_size: int = 64
-    """Rows per optimizer step."""
+    """Rows per optimizer step without a ds_config, and images per step of ``vision_steps``."""
     grad_clip: float = 1.0
-    """Gradient norm limit."""
+    """Gradient norm limit without a ds_config, and of ``vision_steps``."""
     eval_every: int = 500
-    """Steps between two evaluations on the calibration split."""
+    """Steps between two evaluations on the calibration split; 0 for none."""
+    save_every: int = 500
+    """Steps between two checkpoints, from which an ended run goes on."""
 
 
 @dataclass(kw_only=True)
@@ -184,6 +224,7 @@ class Recipe:
 
 def check_recipe(recipe: Recipe) -> None:
     """Raise ConfigError, naming the dotted field, unless every value and every combination of values can be run."""
+    _check_backbone(recipe.backbone)
     _check_data(recipe.data)
     _check_exits(recipe.exits)
     _check_loss(recipe.loss)
@@ -191,9 +232,6 @@ def check_recipe(recipe: Recipe) -> None:
     _check_decoding_and_evaluation(recipe.decoding, recipe.evaluation)
     _check_finetune(recipe.finetune)
     _require(recipe.run_dir != "", "run_dir", recipe.run_dir, "want a directory")
-    _require(
-        recipe.backbone.path != "", "backbone.path", recipe.backbone.path, f"want a directory, or {EMBEDDED_BACKBONE!r}"
-    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -232,6 +270,11 @@ def _positive(name: str, value: float) -> None:
     _require(0 < value < math.inf, name, value, "want a finite number above 0")
 
 
+def _check_backbone(backbone: BackboneConfig) -> None:
+    _require(backbone.path != "", "backbone.path", backbone.path, f"want a directory, or {EMBEDDED_BACKBONE!r}")
+    _one_of("backbone.attn_implementation", backbone.attn_implementation, ATTENTIONS)
+
+
 def _check_data(data: DataConfig) -> None:
     _require(data.root != "", "data.root", data.root, "want the directory of the shards")
     for task, weight in data.tasks.items():
@@ -261,7 +304,11 @@ def _check_exits(exits: ExitsConfig) -> None:
         layers,
         "want at least one block number, the first block being 1, in strictly increasing order",
     )
+    _one_of("exits.variant", exits.variant, EXIT_VARIANTS)
     _one_of("exits.init", exits.init, ("same", "next", "last"))
+    _at_least(1, "exits.rank", exits.rank)
+    if exits.bottleneck_size is not None:
+        _at_least(1, "exits.bottleneck_size", exits.bottleneck_size)
     _at_least(1, "exits.discriminator_hidden_size", exits.discriminator_hidden_size)
 
 
@@ -282,17 +329,20 @@ def _check_loss(loss: LossConfig) -> None:
 def _check_training(training: TrainingConfig) -> None:
     _at_least(1, "training.max_steps", training.max_steps)
     _at_least(1, "training.log_every", training.log_every)
-    _at_least(0, "training.warmup_steps", training.warmup_steps)
     _at_least(0, "training.seed", training.seed)
     _at_least(0, "training.sample_every", training.sample_every)
-    _require(
-        training.warmup_steps <= training.max_steps,
-        "training.warmup_steps",
-        training.warmup_steps,
-        f"longer than training.max_steps={training.max_steps}; lower one or raise the other",
-    )
+    if training.warmup_steps is not None:
+        _at_least(0, "training.warmup_steps", training.warmup_steps)
+        _require(
+            training.warmup_steps <= training.max_steps,
+            "training.warmup_steps",
+            training.warmup_steps,
+            f"longer than training.max_steps={training.max_steps}; lower one or raise the other",
+        )
     if training.expected_world_size is not None:
         _at_least(1, "training.expected_world_size", training.expected_world_size)
+    if training.expected_rows_per_step is not None:
+        _at_least(1, "training.expected_rows_per_step", training.expected_rows_per_step)
 
 
 def _check_decoding_and_evaluation(decoding: DecodingConfig, evaluation: EvaluationConfig) -> None:
@@ -314,4 +364,22 @@ def _check_finetune(finetune: FinetuneConfig) -> None:
     _weight("finetune.weight_decay", finetune.weight_decay)
     _positive("finetune.grad_clip", finetune.grad_clip)
     _at_least(1, "finetune.batch_size", finetune.batch_size)
-    _at_least(1, "finetune.eval_every", finetune.eval_every)
+    _at_least(0, "finetune.eval_every", finetune.eval_every)
+    _at_least(1, "finetune.save_every", finetune.save_every)
+    _at_least(0, "finetune.vision_steps", finetune.vision_steps)
+    if finetune.n_blocks is not None:
+        _at_least(1, "finetune.n_blocks", finetune.n_blocks)
+    trained = finetune.train
+    for part in trained:
+        _one_of("finetune.train", part, FINETUNE_PARTS)
+    _require(0 < len(trained) == len(set(trained)), "finetune.train", trained, "want at least one part, and none twice")
+    _require("all" not in trained or len(trained) == 1, "finetune.train", trained, "'all' leaves nothing to add to it")
+    _at_least(1, "finetune.lora_rank", finetune.lora_rank)
+    _at_least(1, "finetune.lora_alpha", finetune.lora_alpha)
+    _require(0 <= finetune.lora_dropout < 1, "finetune.lora_dropout", finetune.lora_dropout, "want 0 <= dropout < 1")
+    _require(
+        "lora" in trained or not finetune.keep_adapter,
+        "finetune.keep_adapter",
+        finetune.keep_adapter,
+        f"finetune.train={trained} has no 'lora', so there is no adapter to keep",
+    )

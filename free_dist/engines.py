@@ -5,22 +5,41 @@ Knows how modules are sharded, stepped together and frozen; does not know losses
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import safe_set_full_grad
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_grad
 from torch import Tensor, nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from free_dist.config import UserError
-from free_dist.distributed import all_true
+from free_dist.distributed import all_true, world_size
 from free_dist.ds_config import needs_frozen_copy, precision, zero_stage
 
-__all__ = ["Engines", "build_engines", "frozen", "gathered", "joint_step"]
+__all__ = [
+    "Engines",
+    "build_engines",
+    "build_single_engine",
+    "device_memory",
+    "fits",
+    "frozen",
+    "full_shape",
+    "gathered",
+    "gathered_parameters",
+    "joint_step",
+    "place_backbone",
+    "sharded_loading",
+    "trained_weights",
+]
+
+REPLICATED_SHARE = 0.6
+"""Most of a device's memory that a replicated backbone may take when the choice is ours."""
 
 
 @dataclass(kw_only=True)
@@ -103,6 +122,24 @@ def build_engines(
     )
 
 
+def build_single_engine(
+    module: nn.Module, section: dict[str, Any], schedule_factor: Callable[[int], float]
+) -> DeepSpeedEngine:
+    """Wrap one module, in place: parameters that require a gradient are trained, the others stay as they are.
+
+    Its forward must return tensors and use every parameter inside one call.  The section's weight decay holds for matrices,
+    not for biases and norms.  Raises UserError as :func:`build_engines` does.
+    """
+    if zero_stage(section) == 3:
+        _make_container_parameters_reachable(module)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in trained if len(full_shape(parameter)) >= 2]},
+        {"params": [parameter for parameter in trained if len(full_shape(parameter)) < 2], "weight_decay": 0.0},
+    ]
+    return _trained_engine(module, section, "exits", schedule_factor, [group for group in groups if group["params"]])
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter of ``module`` takes a gradient inside; afterwards each is as before."""
@@ -116,12 +153,88 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def sharded_loading(section: dict[str, Any]) -> AbstractContextManager[None] | None:
+    """What a backbone section means for loading: a context in which ``from_pretrained`` partitions, or None to replicate.
+
+    All ranks enter together; each keeps 1/N of every parameter from the start, in the section's precision.
+    """
+    return _partitioning(section) if zero_stage(section) == 3 else None
+
+
+def place_backbone(
+    ds_config: dict[str, dict[str, Any]], weight_bytes: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """The distribution with a backbone section that names its ZeRO stage, the same on all ranks.
+
+    A section that names none gets 0 (replicated: no communication) where ``weight_bytes``, the whole backbone in the section's
+    precision, leave room on every rank's device, and 3 (sharded) elsewhere.  Raises UserError when weights cannot fit at all.
+    """
+    section, memory, size = ds_config["backbone"], device_memory(device), world_size()
+    stage = section.get("zero_optimization", {}).get("stage")
+    if stage is None:
+        stage = 0 if all_true(fits(weight_bytes, memory), device) else 3
+    needed = weight_bytes if stage == 0 else -(-weight_bytes // size)
+    # Every rank must know of one rank's failure: the others would wait for it in the next collective.
+    if not all_true(needed <= memory, device):
+        advice = (
+            "set zero_optimization.stage to 3, which gives each process a part,"
+            if stage == 0
+            else "start more processes"
+        )
+        raise UserError(
+            f"--ds_config, section 'backbone': zero_optimization.stage {stage} on {size} process{'es' * (size > 1)} puts "
+            f"{needed / 1e9:.1f} GB of weights on a device of {memory / 1e9:.1f} GB: {advice} or take a smaller backbone"
+        )
+    return ds_config | {
+        "backbone": section | {"zero_optimization": section.get("zero_optimization", {}) | {"stage": stage}}
+    }
+
+
+def fits(weight_bytes: int, memory_bytes: int) -> bool:
+    """Whether a replicated backbone leaves enough of a device's memory to exits, their optimizer and activations."""
+    return weight_bytes <= REPLICATED_SHARE * memory_bytes
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes in all that this process can use: its GPU's memory, or its part of a machine that all processes may share."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world_size()
+
+
+@contextmanager
+def gathered_parameters(*modules: nn.Module) -> Iterator[None]:
+    """Inside, every rank can read the whole parameters of these modules alone; all ranks must enter.
+
+    For copies of single blocks of a sharded backbone: what a block copied here holds is whole and belongs to nobody else.
+    Does nothing to modules that are not sharded.
+    """
+    parameters = {id(parameter): parameter for module in modules for parameter in module.parameters()}
+    sharded = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield
+
+
 @contextmanager
 def gathered(engine: DeepSpeedEngine) -> Iterator[None]:
     """Inside, every rank can read the whole parameters of the engine's module, also under ZeRO-3; all ranks must enter."""
-    sharded = [parameter for parameter in engine.module.parameters() if hasattr(parameter, "ds_id")]
-    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+    with gathered_parameters(engine.module):
         yield
+
+
+def trained_weights(engine: DeepSpeedEngine, *, keep: bool) -> dict[str, Tensor]:
+    """Name -> whole float32 weight on the CPU of every trained parameter, at any ZeRO stage; all ranks must call it.
+
+    Empty on ranks that do not ``keep`` them; these hold one weight at a time.
+    """
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            weight = safe_get_full_fp32_param(parameter)
+            assert weight is not None, f"{name} is trained, but not by this engine"
+            if keep:
+                found[name] = weight.detach().to(device="cpu", dtype=torch.float32, copy=True)
+    return found
 
 
 def joint_step(engines: Engines, losses: Tensor) -> bool | None:
@@ -154,16 +267,21 @@ def _spoil_gradients(engine: DeepSpeedEngine) -> None:
     # refusal that works alike at every ZeRO stage and in both precisions.
     for parameter in engine.module.parameters():
         if parameter.requires_grad:
-            safe_set_full_grad(parameter, torch.full(_full_shape(parameter), float("nan"), device=engine.device))
+            safe_set_full_grad(parameter, torch.full(full_shape(parameter), float("nan"), device=engine.device))
 
 
-def _full_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a parameter, also of one that is sharded."""
     # A ZeRO-3 parameter is empty between forward passes and carries its real shape beside it.
     return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
 
 
 def _trained_engine(
-    module: nn.Module, section: dict[str, Any], name: str, schedule_factor: Callable[[int], float]
+    module: nn.Module,
+    section: dict[str, Any],
+    name: str,
+    schedule_factor: Callable[[int], float],
+    parameter_groups: list[dict[str, Any]] | None = None,
 ) -> DeepSpeedEngine:
     kind = section["optimizer"]["type"].lower()
     on_cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
@@ -172,9 +290,12 @@ def _trained_engine(
             f"--ds_config, section {name!r}: on CPU DeepSpeed would compile its own {kind}; "
             'add "torch_adam": true to optimizer.params'
         )
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    # Without bf16 DeepSpeed leaves types as they are, and exits may be copied from a backbone of another precision.
+    module.to(getattr(torch, precision(section)))
     engine, _, _, _ = deepspeed.initialize(
         model=module,
-        model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
+        model_parameters=trained if parameter_groups is None else parameter_groups,
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor),
         config=section,
         dist_init_required=False,
@@ -182,20 +303,45 @@ def _trained_engine(
     return engine
 
 
+@contextmanager
+def _partitioning(section: dict[str, Any]) -> Iterator[None]:
+    # transformers looks for a live object of this class, by weak reference, and unset is its only way back.
+    config = HfDeepSpeedConfig(_without_own_linear(section))
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del config
+
+
 def _frozen_backbone(backbone: nn.Module, section: dict[str, Any], device: torch.device | str) -> nn.Module:
     backbone.requires_grad_(False).eval()
     if zero_stage(section) == 0:
         return backbone.to(device=device, dtype=getattr(torch, precision(section)))
-    for module in backbone.modules():
+    _make_container_parameters_reachable(backbone)
+    engine, _, _, _ = deepspeed.initialize(
+        model=backbone, config=_without_own_linear(section), dist_init_required=False
+    )
+    return engine
+
+
+def _without_own_linear(section: dict[str, Any]) -> dict[str, Any]:
+    # DeepSpeed would replace torch's linear map, in the whole process, by one that saves memory in backward passes and
+    # rounds twice in bfloat16.  A frozen backbone has no backward pass, and must give what a replicated one gives.
+    zero = {"memory_efficient_linear": False} | section.get("zero_optimization", {})
+    return section | {"zero_optimization": zero}
+
+
+def _make_container_parameters_reachable(top: nn.Module) -> None:
+    for module in top.modules():
         if any(True for _ in module.children()):
             # Gathering follows the module whose forward runs.  A parameter that sits directly on a container, such as
             # BLIP-2's query tokens, is read while another module's forward runs: the top-level one.
             for parameter in module.parameters(recurse=False):
-                deepspeed.zero.register_external_parameter(backbone, parameter)
-    # ZeRO-3 warns that it cannot hook the backward pass of a module with structured outputs; this one has none.
+                deepspeed.zero.register_external_parameter(top, parameter)
+    # ZeRO-3 warns that it cannot hook the backward pass of modules with structured outputs.  None of them holds a
+    # parameter that is read after its own forward began, except those that the top level, with its plain output, gathers.
     deepspeed.utils.logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
-    engine, _, _, _ = deepspeed.initialize(model=backbone, config=section, dist_init_required=False)
-    return engine
 
 
 def _shares_parameters(first: nn.Module, second: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from free_dist.config import RUNNERS, TASKS, MissingFileError, UserError
+from free_dist.config import EXIT_VARIANTS, RUNNERS, TASKS, MissingFileError, UserError
 from free_dist.recipe_io import fail_clearly, load_recipe
 
 if TYPE_CHECKING:
@@ -62,6 +62,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--vision", action="store_true", help="shape preset: also build and time the vision tower (2 GB)"
+    )
+    parser.add_argument(
+        "--variant",
+        choices=EXIT_VARIANTS,
+        default="full",
+        help="shape preset: kind of exits; a merged lora decodes as full does (default: %(default)s)",
     )
     parser.add_argument("--rounds", type=int, help="answers per decoder and sample (default: 2; --quick 1)")
     parser.add_argument(
@@ -183,7 +189,7 @@ def fitted_checks(directory: Path, backbone: Backbone, bank: ExitBank) -> tuple[
     options = CheckOptions(gate=True, head="pruned")
     checks = load_checks(directory, backbone, bank, options)
     fruitless = read_checks_manifest(directory).extra["held_out"]["everywhere"][options.setting]["fruitless_visit"]
-    weights = checks.costs(backbone)
+    weights = checks.costs(backbone, bank.transformers[0])
     return checks, (fruitless - weights.gate) / (weights.exit_transformer + weights.head)
 
 
@@ -202,7 +208,7 @@ def shape(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = replace(OPT_2_7B, n_queries=2) if quick else OPT_2_7B
     _progress("building")
     backbone = random_backbone(sizes, dtype=torch.bfloat16, vision=arguments.vision)
-    bank = ExitBank(backbone, SHAPE_EXITS).eval().requires_grad_(False)
+    bank = ExitBank(backbone, SHAPE_EXITS, variant=arguments.variant).merged().eval().requires_grad_(False)
     plan = ShapePlan(
         distributions=DISTRIBUTIONS,
         false_open=arguments.false_open,
@@ -231,6 +237,7 @@ def shape(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "lossless": {"speedup": None, "identical": None, "samples": 0},
         "batch8_ratio": None,
+        "variant": arguments.variant,
         "check_blocks": result.check_blocks,
         "check_blocks_plain": result.check_blocks_plain,
         "cost_model_error": result.cost_model_error,

@@ -35,7 +35,7 @@ class DecodeCosts:
     block: Mapping[int, float]
     """New positions in one call -> one block."""
     last_block: Mapping[int, float]
-    """The same for a block that caches all positions and computes the last output alone; exit transformers always do."""
+    """The same for a block that caches all positions and computes the last output alone; exits that are blocks always do."""
     head: float
     """Final norm, the backbone's own head and the choice of a token, at full depth."""
     exit_heads: Mapping[str, float]
@@ -46,6 +46,8 @@ class DecodeCosts:
     """Bookkeeping of one token: embedding it and letting it enter the stack."""
     segment: float
     """Bookkeeping of one call of a segment or an exit transformer, whatever its blocks."""
+    exit_transformer: float | None = None
+    """An exit transformer that is no block and reads the last position alone (``bottleneck``); None: exits are blocks."""
     origin: str = ""
     """What was measured, in words."""
 
@@ -54,6 +56,8 @@ class DecodeCosts:
             if 1 not in curve or min(curve) < 1:
                 raise ConfigError(f"costs: {name} has positions {sorted(curve)}; want 1 and, if any, larger ones")
         singles = {"head": self.head, "gate": self.gate, "token": self.token, "segment": self.segment}
+        if self.exit_transformer is not None:
+            singles["exit_transformer"] = self.exit_transformer
         for name, value in [*_entries("block", self.block), *_entries("last_block", self.last_block), *singles.items()]:
             if not value >= 0:
                 raise ConfigError(f"costs: {name}={value}: want seconds, 0 or more")
@@ -61,6 +65,10 @@ class DecodeCosts:
     def in_blocks(self, seconds: float) -> float:
         """A time in units of one block at one position."""
         return seconds / self.block[1]
+
+    def exit_at(self, positions: float) -> float:
+        """Seconds of an exit transformer that so many positions reached since it was last asked."""
+        return at_positions(self.last_block, positions) if self.exit_transformer is None else self.exit_transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +148,7 @@ def token_costs(
             emits = layer == stop
             if exits.checked:
                 asked = 1.0 if emits or not exits.gate else exits.false_open
-                check = at_positions(costs.last_block, unread[depth]) + costs.exit_heads[exits.head]
+                check = costs.exit_at(unread[depth]) + costs.exit_heads[exits.head]
                 parts["checks"] += asked * check + (costs.gate if exits.gate else 0.0)
                 parts["bookkeeping"] += asked * costs.segment  # an exit transformer is called like a segment
                 unread[depth] *= 1 - asked
@@ -231,7 +239,7 @@ def typical_script(
 def visit_cost(costs: DecodeCosts, exits: ExitSetting) -> float:
     """Extra cost, in blocks, of visiting an exit that does not emit: gate, and what a gate opened in vain leads to."""
     asked = exits.false_open if exits.gate else 1.0
-    seconds = asked * (costs.last_block[1] + costs.exit_heads[exits.head]) + (costs.gate if exits.gate else 0.0)
+    seconds = asked * (costs.exit_at(1) + costs.exit_heads[exits.head]) + (costs.gate if exits.gate else 0.0)
     return costs.in_blocks(seconds)
 
 

@@ -1,4 +1,4 @@
-"""Measures what the cost model needs, on a real backbone: blocks at several positions, heads, gates and bookkeeping.
+"""Measures what the cost model needs, on a real backbone: blocks at several positions, small exits, heads, gates, bookkeeping.
 
 Every call of :meth:`CostMeter.sample` times each piece once, so that samples can be taken between the runs that the model is
 compared with and drift hits both alike; medians are what counts.  Blocks take turns, so that no measurement finds its weights in
@@ -23,8 +23,9 @@ from free_dist.decoding.cache import PendingCache
 from free_dist.decoding.policy import MaxProbPolicy
 from free_dist.evaluation.benchmark import wait_for_device
 from free_dist.evaluation.cost_model import DecodeCosts
-from free_dist.exits import ExitBank
+from free_dist.exits import ExitBank, ExitTransformer
 from free_dist.exits.gate import ExitChecks
+from free_dist.exits.variants import BlockExit
 
 POSITIONS = (1, 2, 4, 8)
 REPEATS = 3
@@ -47,7 +48,8 @@ class CostMeter:
     ) -> None:
         """``checks``: name of an exit head -> checks that use it.  ``gated``: checks with gates, whose gate is timed.
 
-        ``positions``: new positions to time blocks at, 1 among them; ``past``: positions cached before.
+        ``bank``: exits as they decode, merged.  ``positions``: new positions to time blocks at, 1 among them; ``past``:
+        positions cached before.
         """
         self._backbone = backbone
         self._checks = dict(checks)
@@ -64,12 +66,16 @@ class CostMeter:
         self._hidden = hidden.to(weight)
         capacity = past + self._positions[-1]
         self._caches = [backbone.new_layer_cache(1, capacity) for _ in range(backbone.n_blocks)]
+        exit_transformer = bank.transformers[0]
+        assert isinstance(exit_transformer, ExitTransformer)
+        # One that is a block costs what blocks do at as many positions.
+        self._small_exit = None if isinstance(exit_transformer, BlockExit) else exit_transformer
         self._policy = MaxProbPolicy(2.0, len(bank.exit_layers))
         self._token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
         # A stack whose first segment has no blocks: what it costs to run is bookkeeping.
         self._empty = PendingCache(
             backbone,
-            [(0, bank.transformers[0])],  # type: ignore[list-item]
+            [(0, exit_transformer)],
             Start(self._hidden[:, :1], [1], None),
             past,
         )
@@ -85,6 +91,9 @@ class CostMeter:
         gated = self._gated
         if gated is not None:
             self._note(("gate", ""), lambda: _answered(gated.may_exit(0, self._hidden[:, -1])), REPEATS)
+        small_exit = self._small_exit
+        if small_exit is not None:
+            self._note(("exit_transformer", ""), lambda: small_exit(self._hidden, last_only=True), REPEATS)
         self._note(("token", ""), self._enter, REPEATS)
         self._note(("segment", ""), lambda: self._empty.advance(0, [0]), 1)
         self._empty.roll_back(0, 1)
@@ -108,6 +117,7 @@ class CostMeter:
             gate=found.get(("gate", ""), 0.0),
             token=found["token", ""],
             segment=found["segment", ""],
+            exit_transformer=found.get(("exit_transformer", "")),
             origin=origin,
         )
 

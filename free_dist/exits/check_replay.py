@@ -116,7 +116,9 @@ class CheckReport:
 
 
 @torch.inference_mode()
-def ask(checks: ExitChecks, rows: CheckRows, thresholds: Sequence[float], backbone: Backbone) -> Answers:
+def ask(
+    checks: ExitChecks, rows: CheckRows, thresholds: Sequence[float], backbone: Backbone, bank: ExitBank
+) -> Answers:
     """Put every row to every exit's checks, on the CPU and in float32."""
     parts = []
     for k, threshold in enumerate(thresholds):
@@ -136,7 +138,13 @@ def ask(checks: ExitChecks, rows: CheckRows, thresholds: Sequence[float], backbo
     gate, discriminator, sure, tokens = (
         torch.cat(column).view(len(thresholds), -1) for column in zip(*parts, strict=True)
     )
-    return Answers(gate=gate, discriminator=discriminator, sure=sure, tokens=tokens, costs=checks.costs(backbone))
+    return Answers(
+        gate=gate,
+        discriminator=discriminator,
+        sure=sure,
+        tokens=tokens,
+        costs=checks.costs(backbone, bank.transformers[0]),
+    )
 
 
 def ask_all(
@@ -146,7 +154,7 @@ def ask_all(
     found = {}
     for head in EXIT_HEADS:
         options = CheckOptions(gate=True, discriminator=True, head=head, rescored=rescored)
-        answers = ask(build_checks(bank, fitted, options), rows, fitted.thresholds, backbone)
+        answers = ask(build_checks(bank, fitted, options), rows, fitted.thresholds, backbone, bank)
         for gate, discriminator in itertools.product((False, True), repeat=2):
             name = setting_name(gate=gate, discriminator=discriminator, head=head)
             found[name] = answers.with_only(gate=gate, discriminator=discriminator)

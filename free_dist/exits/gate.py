@@ -193,8 +193,8 @@ class ExitChecks(nn.Module):
         del exit_index
         return self.head(features)
 
-    def costs(self, backbone: Backbone) -> CheckCosts:
-        """What each part reads, in blocks of ``backbone``."""
+    def costs(self, backbone: Backbone, exit_transformer: nn.Module) -> CheckCosts:
+        """What each part reads, in blocks of ``backbone``; ``exit_transformer`` is one of those asked, which are alike."""
         block = sum(parameter.numel() for parameter in backbone.block(1).parameters())
 
         def of_one_exit(classifiers: FeatureClassifiers | None) -> float:
@@ -209,7 +209,8 @@ class ExitChecks(nn.Module):
             read = head.up.numel() + head.down.numel() + head.rescored * head.down.shape[1]
         else:
             read = sum(parameter.numel() for parameter in head.parameters())
-        return CheckCosts(of_one_exit(self.gates), 1.0, of_one_exit(self.discriminators), read / block)
+        exit_read = sum(parameter.numel() for parameter in exit_transformer.parameters())
+        return CheckCosts(of_one_exit(self.gates), exit_read / block, of_one_exit(self.discriminators), read / block)
 
 
 def setting_name(*, gate: bool, discriminator: bool, head: str) -> str:

@@ -1,7 +1,7 @@
-"""Exit transformers: one trainable decoder block per exit, in front of the backbone's own frozen norm and head.
+"""The exits of a backbone: K exit transformers in front of the backbone's own frozen norm and head.
 
 An exit after block k maps ``h_k`` to a feature that the frozen head can read (FREE, arXiv 2506.06884, section 3).  Does not
-know how exits are trained, when they fire, or which architecture the block has.
+know how exits are trained, when they fire, or what an exit transformer is made of (:mod:`free_dist.exits.variants`).
 
 Shape letters: K exits, B batch, T positions, N selected positions, D model width, V vocabulary.
 """
@@ -9,60 +9,82 @@ Shape letters: K exits, B batch, T positions, N selected positions, D model widt
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from free_dist.backbones import Backbone, LayerCache, Span
-from free_dist.backbones.base import BlockCall
+from free_dist.backbones import Backbone, Memory, Span
 from free_dist.config import ConfigError
+from free_dist.exits.variants import ExitVariant, new_exit_transformer
 
-
-class ExitTransformer(nn.Module):
-    """A full replica of one decoder block, trainable and causal, with its own cache at inference."""
-
-    def __init__(self, block: nn.Module, block_call: BlockCall) -> None:
-        super().__init__()
-        self.block = copy.deepcopy(block).requires_grad_(True)
-        self._block_call = block_call
-
-    def forward(
-        self, hidden: Tensor, cache: LayerCache | None = None, span: Span | None = None, *, last_only: bool = False
-    ) -> Tensor:
-        """``h_k`` [B, T, D] -> un-normed exit state [B, T, D], or of the last position, [B, 1, D]; see ``BlockCall``."""
-        return self._block_call(self.block, hidden, cache, span, last_only)
+_PREFIX = "transformers."
 
 
 class ExitBank(nn.Module):
     """K exit transformers and the frozen final norm and head they share.
 
-    ``final_norm`` and ``lm_head`` are the backbone's own modules, by reference unless ``copy_frozen``: a backbone about to
-    be sharded must not take the exits' head with it.
+    ``final_norm`` and ``lm_head``, and the blocks that ``lora`` updates, are the backbone's own, by reference unless
+    ``copy_frozen``: a backbone about to be sharded must not take the exits' weights with it.
     """
 
     def __init__(
-        self, backbone: Backbone, exit_layers: Sequence[int], *, init: str = "next", copy_frozen: bool = False
+        self,
+        backbone: Backbone,
+        exit_layers: Sequence[int],
+        *,
+        variant: ExitVariant | str = "full",
+        init: str = "next",
+        copy_frozen: bool = False,
     ) -> None:
+        """``variant``: a name of ``EXIT_VARIANTS`` with its default sizes, or with sizes of one's own.
+
+        ``init`` names the block that an exit starts from: ``same``, ``next`` or ``last``; a bottleneck starts from none.
+        """
         super().__init__()
         self.exit_layers = tuple(exit_layers)
+        self.init = init
+        variant = ExitVariant(name=variant) if isinstance(variant, str) else variant
+        self.variant = variant.sized(backbone.hidden_size)
+        """With every size written out."""
         check_exit_layers(self.exit_layers, backbone.n_blocks)
-        self.transformers = nn.ModuleList(
-            ExitTransformer(backbone.block(init_block(k, init, backbone.n_blocks)), backbone.block_call)
-            for k in self.exit_layers
-        )
+        frozen: dict[int, nn.Module] = {}  # exits that start from one block share one copy of it
+        transformers = []
+        for k in self.exit_layers:
+            source = init_block(k, init, backbone.n_blocks)
+            block = backbone.block(source)
+            if copy_frozen and self.variant.name == "lora":
+                if source not in frozen:
+                    frozen[source] = copy.deepcopy(block)
+                block = frozen[source]
+            transformers.append(new_exit_transformer(self.variant, block, backbone.block_call, backbone.hidden_size))
+        self.transformers = nn.ModuleList(transformers)
+        self._trainable = {name for name, weight in self.transformers.named_parameters() if weight.requires_grad}
         final_norm, lm_head = backbone.shared_modules()
         if copy_frozen:
             final_norm, lm_head = copy.deepcopy(final_norm), copy.deepcopy(lm_head)
         self.final_norm = final_norm.requires_grad_(False)
         self.lm_head = lm_head.requires_grad_(False)
 
-    def forward(self, taps: Sequence[Tensor], positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        taps: Sequence[Tensor],
+        positions: Tensor | None = None,
+        *,
+        memory: Memory | None = None,
+        span: Span | None = None,
+    ) -> Tensor:
         """Hidden states ``h_k``, one [B, T, D] per exit -> normed exit features [K, N, D].
 
         ``positions`` [B, T] selects the N positions that are kept, row by row; None keeps all, giving [K, B, T, D].
+        ``memory`` and ``span`` are those of ``BackboneFeatures``.
         """
-        states = [exit_transformer(tap) for exit_transformer, tap in zip(self.transformers, taps, strict=True)]
+        states = [
+            exit_transformer(tap, span=span, memory=memory)
+            for exit_transformer, tap in zip(self.transformers, taps, strict=True)
+        ]
         if positions is not None:
             states = [state[positions] for state in states]
         return self.final_norm(torch.stack(states))
@@ -72,8 +94,47 @@ class ExitBank(nn.Module):
         return self.lm_head(features)
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """The exit transformers' weights alone, without the shared frozen modules."""
-        return {f"transformers.{name}": tensor for name, tensor in self.transformers.state_dict().items()}
+        """The weights that training changes, alone: of ``lora`` the updates, without the blocks they belong to."""
+        weights = self.transformers.state_dict()
+        return {_PREFIX + name: tensor for name, tensor in weights.items() if name in self._trainable}
+
+    def load_trainable_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        """Inverse of :meth:`trainable_state_dict`, in this bank's type and device; raises ValueError unless all names fit."""
+        wanted = {_PREFIX + name for name in self._trainable}
+        if wanted != set(weights):
+            raise ValueError(f"not the weights of these exits: {sorted(wanted ^ set(weights))[:3]} and more")
+        own = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+        self.transformers.load_state_dict(own, strict=False)
+
+    def save_pretrained(
+        self, directory: str | Path, backbone: Backbone, *, thresholds: float | Sequence[float]
+    ) -> None:
+        """Write an export for the backbone these exits hang on: :func:`free_dist.exits.export.save_exits`."""
+        from free_dist.exits.export import save_exits  # which needs this class
+
+        save_exits(self, directory, backbone=backbone, thresholds=thresholds)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, backbone: Backbone) -> ExitBank:
+        """An export on its backbone, ready to decode: :func:`free_dist.exits.export.load_exits`; raises what that raises."""
+        from free_dist.exits.export import load_exits  # which needs this class
+
+        return load_exits(backbone, directory)
+
+    def merged(self) -> ExitBank:
+        """The same exits in the form that decodes fastest: ``lora`` as full blocks, one set of matrices more per exit.
+
+        The other variants are that already, and this bank itself is returned.  A merged bank does not follow later changes
+        of the updates or of the backbone's matrices, and its own variant is ``full``.
+        """
+        if self.variant.name != "lora":
+            return self
+        bank = copy.copy(self)
+        bank._modules = dict(self._modules)
+        bank.transformers = nn.ModuleList(module.merged() for module in self.transformers).train(self.training)  # type: ignore[operator]
+        bank.variant = replace(self.variant, name="full")
+        bank._trainable = {name for name, _ in bank.transformers.named_parameters()}
+        return bank
 
 
 def check_exit_layers(exit_layers: Sequence[int], n_blocks: int) -> None:

@@ -268,14 +268,14 @@ def test_gates_and_discriminators_beat_chance_on_held_out_images(rows, fitted, t
 
 def test_gates_reach_their_recall_where_it_was_chosen(rows, bank, backbone, fitted, thresholds) -> None:
     chosen = rows.part(CHOOSE)
-    answers = ask(build_checks(bank, fitted, CheckOptions(gate=True)), chosen, thresholds, backbone)
+    answers = ask(build_checks(bank, fitted, CheckOptions(gate=True)), chosen, thresholds, backbone, bank)
     wanted = chosen.confident(thresholds) & chosen.agreeing()
     for passed, truth in zip(answers.gate, wanted, strict=True):
         assert (passed & truth).sum() >= 0.9 * truth.sum()
 
 
 def test_full_checks_replayed_are_the_recorded_exits(rows, bank, backbone, fitted, thresholds) -> None:
-    answers = ask(build_checks(bank, fitted, CheckOptions()), rows, thresholds, backbone)
+    answers = ask(build_checks(bank, fitted, CheckOptions()), rows, thresholds, backbone, bank)
     assert torch.equal(answers.emits, rows.confident(thresholds))
     assert torch.equal(answers.tokens, rows.exit_tokens)
 
@@ -338,11 +338,11 @@ def test_costs_are_weights_over_a_blocks_weights(bank, backbone, fitted) -> None
         return sum(parameter.numel() for parameter in module.parameters())
 
     options = CheckOptions(gate=True, discriminator=True, head="pruned", pruned_size=10)
-    costs = build_checks(bank, fitted, options).costs(backbone)
+    costs = build_checks(bank, fitted, options).costs(backbone, bank.transformers[0])
     block = size(backbone.block(1))
     assert costs.gate == pytest.approx(size(fitted.gates) / len(LAYERS) / block)
     assert costs.head == pytest.approx(10 * backbone.hidden_size / block)
-    assert build_checks(bank, fitted, CheckOptions()).costs(backbone).visit() == pytest.approx(
+    assert build_checks(bank, fitted, CheckOptions()).costs(backbone, bank.transformers[0]).visit() == pytest.approx(
         1 + size(bank.lm_head) / block
     )
     assert costs.visit(0.0) == costs.gate
