@@ -63,9 +63,10 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
         for i, sample in enumerate(tqdm(samples, desc=task, unit="sample", mininterval=5.0)):
             pixels = encoder.encode_image(sample.image)[None].to(dtype)
             ids = encoder.encode_prompt(sample.turns)
+            told = encoder.encode_instruction(sample.turns, pixels.device)
             settings: dict[str, Any] = {"thresholds": arguments.threshold, "max_new_tokens": limit}
-            ours = generate(backbone, bank, pixels, ids, lossless=True, **settings)[0]
-            theirs = list(hf_generate(backbone, pixels, ids, max_new_tokens=limit).tokens)
+            ours = generate(backbone, bank, pixels, ids, instruction=told, lossless=True, **settings)[0]
+            theirs = list(hf_generate(backbone, pixels, ids, told, max_new_tokens=limit).tokens)
             drafted, accepted = drafted + ours.drafted, accepted + ours.accepted
             if ours.tokens == theirs:
                 same += 1
@@ -74,8 +75,11 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
             place = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
             assert place is not None, "answers that end alike are as long as each other"
             judge = backbone if exact is None else exact
-            row = torch.tensor([ids + theirs[:place]])
-            features = judge(pixels.float(), torch.zeros(1, dtype=torch.long), row, ()).final[:, -1]
+            start = backbone.layout.decoder_start_token_id
+            row = torch.tensor([[*(ids if start is None else [start]), *theirs[:place]]])
+            read = {"input_ids": row} if start is None else {"input_ids": torch.tensor([ids]), "decoder_ids": row}
+            image = torch.zeros(1, dtype=torch.long)
+            features = judge(pixels.float(), image, exit_layers=(), instruction=told, **read).final[:, -1]
             logits = judge.lm_head(features)[0]
             gap = float(logits[theirs[place]] - logits[ours.tokens[place]])
             tokens = [encoder.tokenizer.decode([token]) for token in (ours.tokens[place], theirs[place])]

@@ -1,7 +1,8 @@
 """Frozen vision-language models as stacks of blocks."""
 
-from free_dist.backbones.base import Backbone, BackboneFeatures, Start, TokenLayout
+from free_dist.backbones.base import Backbone, BackboneFeatures, Instruction, Start, TokenLayout
 from free_dist.backbones.blip2 import Blip2Backbone
+from free_dist.backbones.instructblip import InstructBlipBackbone
 from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, RaggedSpan, Span
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "BackboneFeatures",
     "Blip2Backbone",
     "ContiguousSpan",
+    "InstructBlipBackbone",
+    "Instruction",
     "LayerCache",
     "Memory",
     "RaggedSpan",

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, Span
 
@@ -29,15 +30,21 @@ class TokenLayout:
     """The ids that a tokenizer alone does not tell: how image and text share one sequence."""
 
     image_token_id: int
-    """Placeholder replaced by a query token's projection."""
+    """Placeholder replaced by a query token's projection; V, one past the last token, where a vocabulary has none."""
     num_query_tokens: int
-    """Placeholders per image (Q); they open the sequence."""
-    bos_token_id: int
-    """First text token, directly after the placeholders."""
+    """Placeholders per image, Q."""
+    bos_token_id: int | None
+    """Opens a text as the model's config has it (a tokenizer may differ: see ``opening``); None for T5."""
     eos_token_id: int
     """Ends an answer."""
     pad_token_id: int
     """Fills rows on the right."""
+    opening: tuple[int, ...]
+    """Everything before the first prompt's text: the Q placeholders, the opening token, what a template puts around an image."""
+    prompt_end: tuple[int, ...] = ()
+    """Follows the text of a prompt that an encoder reads."""
+    decoder_start_token_id: int | None = None
+    """Opens the decoder's sequence; None for decoder-only models, whose answers continue the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +55,30 @@ class BackboneFeatures:
     """``h_k`` for each requested exit layer, each [B, T, D]."""
     final: Tensor
     """Final-layer feature *after* the final norm, [B, T, D]."""
+    memory: Memory | None = None
+    """What an encoder read, for the exits' blocks too; None for decoder-only models."""
+    span: Span | None = None
+    """Where the positions are, if the blocks need to be told; None if not."""
+
+
+class Instruction(NamedTuple):
+    """What a Q-Former reads besides an image (InstructBLIP): the prompt, in the Q-Former's own vocabulary."""
+
+    input_ids: Tensor
+    """[B, S], padded on the right."""
+    mask: Tensor
+    """Boolean [B, S], true where there is a token."""
+
+    def to(self, device: torch.device | str) -> Instruction:
+        """The same on another device."""
+        return Instruction(self.input_ids.to(device), self.mask.to(device))
+
+    @staticmethod
+    def joined(parts: Sequence[Instruction]) -> Instruction:
+        """The rows of all parts, one after the other."""
+        width = max(part.mask.shape[1] for part in parts)
+        grown = [[F.pad(tensor, (0, width - tensor.shape[1])) for tensor in part] for part in parts]
+        return Instruction(*(torch.cat(tensors) for tensors in zip(*grown, strict=True)))
 
 
 class Start(NamedTuple):
@@ -73,10 +104,12 @@ class BlockCall(Protocol):
         cache: LayerCache | None = None,
         span: Span | None = None,
         last_only: bool = False,
+        memory: Memory | None = None,
     ) -> Tensor:
         """[R, T, D] -> [R, T, D], causal; with a cache (inference) over the cached positions too, which ``span`` describes.
 
         ``last_only``: keys and values of all T positions are cached, but only the last output is computed, [R, 1, D].
+        ``memory`` is what an encoder read, for a call without a cache; a cache has its own.
         """
 
 
@@ -91,8 +124,14 @@ class Backbone(nn.Module, ABC):
     """Longest sequence, image placeholders included."""
 
     @abstractmethod
-    def encode_prefix(self, pixel_values: Tensor) -> Tensor:
-        """[I, 3, height, width] normalised pixels -> visual prefix [I, Q, D]."""
+    def encode_prefix(
+        self, pixel_values: Tensor, image_index: Tensor | None = None, instruction: Instruction | None = None
+    ) -> Tensor:
+        """[I, 3, height, width] normalised pixels -> visual prefix [B, Q, D] of B rows.
+
+        ``image_index`` [B] names each row's image; None: one row per image.  ``instruction`` is for a Q-Former that reads
+        one per row; the others refuse it with ValueError.
+        """
 
     @abstractmethod
     def embed(self, input_ids: Tensor, prefix: Tensor | None = None, past_length: int | Tensor = 0) -> Tensor:
@@ -107,6 +146,14 @@ class Backbone(nn.Module, ABC):
         lengths = [len(prompt) for prompt in prompts]
         rows = [[*prompt, *[self.layout.pad_token_id] * (max(lengths) - len(prompt))] for prompt in prompts]
         return Start(self.embed(torch.tensor(rows, device=prefix.device), prefix), lengths, None)
+
+    def training_start(
+        self, input_ids: Tensor, prefix: Tensor, decoder_ids: Tensor | None
+    ) -> tuple[Tensor, Memory | None, Span | None]:
+        """Padded rows as in :meth:`forward` and their prefix [B, Q, D] -> ``h_0``, and what blocks need besides it."""
+        if decoder_ids is not None:
+            raise ValueError("decoder_ids: this backbone has no encoder, its answers continue the prompt")
+        return self.embed(input_ids, prefix), None, None
 
     @abstractmethod
     def block(self, k: int) -> nn.Module:
@@ -150,32 +197,42 @@ class Backbone(nn.Module, ABC):
         span: Span | None = None,
         *,
         last_only: bool = False,
+        memory: Memory | None = None,
     ) -> Tensor:
         """``h_start`` [B, T, D] -> ``h_stop`` [B, T, D]; with caches, block ``k`` writes entry ``k - 1`` as ``span`` says.
 
-        ``last_only``: of the last block only the last output is computed, [B, 1, D].
+        ``last_only``: of the last block only the last output is computed, [B, 1, D].  ``memory``: see ``BlockCall``.
         """
         if not 0 <= start <= stop <= self.n_blocks:
             raise ValueError(f"run_blocks({start}, {stop}): want 0 <= start <= stop <= {self.n_blocks}")
         call = self.block_call
         for k in range(start + 1, stop + 1):
             cache = None if caches is None else caches[k - 1]
-            hidden = call(self.block(k), hidden, cache, span, last_only and k == stop)
+            hidden = call(self.block(k), hidden, cache, span, last_only and k == stop, memory)
         return hidden
 
     def forward(
-        self, pixel_values: Tensor, image_index: Tensor, input_ids: Tensor, exit_layers: Sequence[int]
+        self,
+        pixel_values: Tensor,
+        image_index: Tensor,
+        input_ids: Tensor,
+        exit_layers: Sequence[int],
+        *,
+        decoder_ids: Tensor | None = None,
+        instruction: Instruction | None = None,
     ) -> BackboneFeatures:
-        """One full forward for training: pixels [I, 3, h, w], row -> image [B], ids [B, T].
+        """One full forward for training: pixels [I, 3, h, w], row -> image [B], ids [B, T], padded on the right.
 
+        With an encoder, ``input_ids`` are what it reads and ``decoder_ids`` [B, N] what the blocks do; features lie on those.
         A single top-level call, so that a sharded backbone gathers each parameter once.
         """
-        hidden = self.embed(input_ids, self.encode_prefix(pixel_values)[image_index])
+        prefix = self.encode_prefix(pixel_values, image_index, instruction)
+        hidden, memory, span = self.training_start(input_ids, prefix, decoder_ids)
         taps: list[Tensor] = []
         reached = 0
         for k in exit_layers:
-            hidden = self.run_blocks(hidden, reached, k)
+            hidden = self.run_blocks(hidden, reached, k, span=span, memory=memory)
             taps.append(hidden)
             reached = k
-        hidden = self.run_blocks(hidden, reached, self.n_blocks)
-        return BackboneFeatures(exits=tuple(taps), final=self.final_norm(hidden))
+        hidden = self.run_blocks(hidden, reached, self.n_blocks, span=span, memory=memory)
+        return BackboneFeatures(exits=tuple(taps), final=self.final_norm(hidden), memory=memory, span=span)

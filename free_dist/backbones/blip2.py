@@ -8,27 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, BlipImageProcessorPil, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    BlipImageProcessorPil,
+    InstructBlipConfig,
+    PreTrainedTokenizerBase,
+)
 
 from free_dist.backbones import vision_path
-from free_dist.backbones.base import Backbone, BlockCall, SpanT, Start, TokenLayout
-from free_dist.backbones.decoders import text_decoder
-from free_dist.backbones.span import LayerCache, Memory
-from free_dist.config import MissingFileError, UserError
+from free_dist.backbones.base import Backbone, BlockCall, Instruction, SpanT, Start, TokenLayout
+from free_dist.backbones.decoders import TextDecoder, text_decoder
+from free_dist.backbones.loading import load_model
+from free_dist.backbones.span import LayerCache, Memory, Span
+from free_dist.config import UserError
 
 
 class Blip2Backbone(Backbone):
     """Adapter over ``Blip2ForConditionalGeneration`` whose language model is OPT (pre-norm), LLaMA or T5."""
 
+    model_type = "blip-2"
+    """What config.json calls the models that this adapter is for."""
+
     def __init__(self, model: Blip2ForConditionalGeneration) -> None:
         super().__init__()
-        if model.config.image_token_id is None:
-            raise UserError(
-                "this BLIP-2 checkpoint has no image_token_index in config.json: it predates image placeholders"
-            )
         text = model.config.text_config
         decoder = text_decoder(model.language_model)
         self.model = model
@@ -36,60 +44,63 @@ class Blip2Backbone(Backbone):
         self.hidden_size = text.hidden_size
         self.vocab_size = text.vocab_size
         self.max_positions = decoder.max_positions
-        self.layout = TokenLayout(
-            image_token_id=model.config.image_token_id,
-            num_query_tokens=model.config.num_query_tokens,
-            bos_token_id=decoder.bos_token_id,
-            eos_token_id=decoder.eos_token_id,
-            pad_token_id=decoder.pad_token_id,
-        )
+        self.layout = _layout(model.config, decoder)
         self._decoder = decoder
-        self._has_lean_vision = vision_path.supports(model)
+        self._has_lean_vision = vision_path.supports_vision(model)
+        self._has_lean_qformer = vision_path.supports_qformer(model)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Blip2Backbone:
-        """Load a Hugging Face directory with all weights frozen, in ``dtype`` and evaluation mode."""
-        if not (Path(directory) / "config.json").is_file():
-            raise MissingFileError(
-                f"backbone.path: {directory} has no config.json; give a Hugging Face BLIP-2 directory"
+    def from_pretrained(cls, directory: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a Hugging Face directory with all weights frozen, in ``dtype`` and evaluation mode; raises as ``load_model``."""
+        model = load_model(directory, dtype=dtype)
+        if model.config.model_type != cls.model_type:
+            raise UserError(
+                f"backbone.path: {directory}/config.json has model_type {model.config.model_type!r}, {cls.__name__} is for "
+                f"{cls.model_type!r}; free_dist.data.pretrained.load_pretrained takes either"
             )
-        model = Blip2ForConditionalGeneration.from_pretrained(directory, dtype=dtype, local_files_only=True)
-        return cls(model.eval().requires_grad_(False))
+        return cls(model)
 
-    def encode_prefix(self, pixel_values: Tensor) -> Tensor:
+    def encode_prefix(
+        self, pixel_values: Tensor, image_index: Tensor | None = None, instruction: Instruction | None = None
+    ) -> Tensor:
+        if instruction is not None:
+            raise ValueError("instruction: the Q-Former of BLIP-2 reads no text; leave it out")
+        prefix = self.prefix_from_patches(self.encode_patches(pixel_values))
+        return prefix if image_index is None else prefix[image_index]
+
+    def encode_patches(self, pixel_values: Tensor) -> Tensor:
+        """The first half of :meth:`encode_prefix`: pixels [I, 3, height, width] -> vision features [I, patches + 1, width]."""
         vision = self.model.vision_model
-        if self._uses_lean_vision():
-            return self.prefix_from_patches(vision_path.encode_patches(vision, pixel_values))
-        return self.prefix_from_patches(vision(pixel_values=pixel_values).last_hidden_state)
+        if self._has_lean_vision and _runs_bare(vision):
+            return vision_path.encode_patches(vision, pixel_values)
+        return vision(pixel_values=pixel_values).last_hidden_state
 
     def prefix_from_patches(self, patches: Tensor) -> Tensor:
         """The second half of :meth:`encode_prefix`: vision features [I, patches + 1, width] -> visual prefix [I, Q, D]."""
         model = self.model
-        if self._uses_lean_vision():
+        if self._has_lean_qformer and _runs_bare(model.qformer):
             queries = vision_path.run_qformer(model.qformer, model.query_tokens, patches)
         else:
             queries = model.query_tokens.expand(patches.shape[0], -1, -1)
             queries = model.qformer(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
         return model.language_projection(queries.to(patches.dtype))
 
-    def _uses_lean_vision(self) -> bool:
-        # Whoever hooks the modules, as a sharding engine does to gather their weights, needs them to be called.
-        model = self.model
-        return (
-            self._has_lean_vision
-            and not torch.is_grad_enabled()
-            and not any(
-                half.training or half._forward_pre_hooks or half._forward_hooks
-                for half in (model.vision_model, model.qformer)
-            )
-        )
-
     def embed(self, input_ids: Tensor, prefix: Tensor | None = None, past_length: int | Tensor = 0) -> Tensor:
-        embedded = self._decoder.embed_tokens(input_ids)
-        if prefix is not None:
-            is_image = (input_ids == self.layout.image_token_id).unsqueeze(-1).expand_as(embedded)
-            embedded = embedded.masked_scatter(is_image, prefix.to(embedded.dtype))
-        return self._decoder.add_positions(embedded, past_length)
+        return self._decoder.add_positions(self._embed(input_ids, prefix), past_length)
+
+    def _embed(self, input_ids: Tensor, prefix: Tensor | None) -> Tensor:
+        if prefix is None:
+            return self._decoder.embed_tokens(input_ids)
+        is_image = input_ids == self.layout.image_token_id
+        # A placeholder need not be a token: older checkpoints have none for it.
+        embedded = self._decoder.embed_tokens(input_ids.masked_fill(is_image, self.layout.pad_token_id))
+        return embedded.masked_scatter(is_image.unsqueeze(-1).expand_as(embedded), prefix.to(embedded.dtype))
+
+    def training_start(
+        self, input_ids: Tensor, prefix: Tensor, decoder_ids: Tensor | None
+    ) -> tuple[Tensor, Memory | None, Span | None]:
+        is_text = input_ids != self.layout.pad_token_id
+        return self._decoder.training_start(self.embed(input_ids, prefix), is_text, decoder_ids)
 
     def start(self, prompts: Sequence[Sequence[int]], prefix: Tensor) -> Start:
         return self._decoder.start(super().start(prompts, prefix))
@@ -127,6 +138,31 @@ class Blip2Backbone(Backbone):
             device=weight.device,
             memory=memory,
         )
+
+
+def _runs_bare(module: nn.Module) -> bool:
+    # Whoever hooks a module, as a sharding engine does to gather its weights, needs it to be called.
+    return not (torch.is_grad_enabled() or module.training or module._forward_pre_hooks or module._forward_hooks)
+
+
+def _layout(config: Blip2Config | InstructBlipConfig, decoder: TextDecoder) -> TokenLayout:
+    """How this checkpoint's images and texts share a sequence."""
+    # Checkpoints from before image placeholders put the prefix before the text, which is where placeholders stand now.
+    image = config.image_token_id
+    if image is None:
+        image = config.text_config.vocab_size
+    bos = () if decoder.bos_token_id is None else (decoder.bos_token_id,)
+    has_encoder = decoder.start_token_id is not None
+    return TokenLayout(
+        image_token_id=image,
+        num_query_tokens=config.num_query_tokens,
+        bos_token_id=decoder.bos_token_id,
+        eos_token_id=decoder.eos_token_id,
+        pad_token_id=decoder.pad_token_id,
+        opening=(*[image] * config.num_query_tokens, *bos),
+        prompt_end=(decoder.eos_token_id,) if has_encoder else (),
+        decoder_start_token_id=decoder.start_token_id,
+    )
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM, OPTForCausalLM, PreTrainedModel, T5Fo
 from free_dist.backbones.base import BlockCall, SpanT, Start
 from free_dist.backbones.llama_block import LlamaBlockCall, RotaryAngles
 from free_dist.backbones.opt_block import call_opt_block
-from free_dist.backbones.span import Memory
+from free_dist.backbones.span import ContiguousSpan, Memory, Span
 from free_dist.backbones.t5_block import PositionBias, call_t5_block
 from free_dist.config import UserError
 
@@ -42,9 +42,11 @@ class TextDecoder:
     """Heads of keys and values."""
     head_dim: int
     max_positions: int
-    bos_token_id: int
+    bos_token_id: int | None
     eos_token_id: int
     pad_token_id: int
+    start_token_id: int | None = None
+    """With an encoder: what opens the decoder's sequence."""
 
     def add_positions(self, embedded: Tensor, past_length: int | Tensor) -> Tensor:
         """Embedded tokens [B, T, D] after ``past_length`` others (one number, or one per row [B]) -> ``h_0`` [B, T, D]."""
@@ -57,6 +59,14 @@ class TextDecoder:
     def start(self, prompt: Start) -> Start:
         """Embedded prompts -> what the blocks read first."""
         return prompt
+
+    def training_start(
+        self, embedded: Tensor, is_text: Tensor, decoder_ids: Tensor | None
+    ) -> tuple[Tensor, Memory | None, Span | None]:
+        """Embedded rows [B, T, D], ``is_text`` [B, T] false where they are padding -> see ``Backbone.training_start``."""
+        if decoder_ids is not None:
+            raise ValueError("decoder_ids: this backbone has no encoder, its answers continue the prompt")
+        return embedded, None, None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -104,10 +114,25 @@ class T5Decoder(TextDecoder):
         mask = None
         if min(lengths) < longest:
             mask = torch.arange(longest, device=hidden.device) < torch.tensor(lengths, device=hidden.device)[:, None]
-        states = self.encoder(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
         first = torch.full((n_rows, 1), self.start_token_id, device=hidden.device)
-        memory = Memory(states, None if mask is None else mask[:, None, None])
-        return Start(self.embed_tokens(first), [1] * n_rows, memory, self.start_token_id)
+        return Start(self.embed_tokens(first), [1] * n_rows, self._read(hidden, mask), self.start_token_id)
+
+    def training_start(
+        self, embedded: Tensor, is_text: Tensor, decoder_ids: Tensor | None
+    ) -> tuple[Tensor, Memory | None, Span | None]:
+        if decoder_ids is None:
+            raise ValueError("decoder_ids: this backbone has an encoder, so the decoder needs ids of its own")
+        span = ContiguousSpan(0, decoder_ids.shape[1], decoder_ids.device)
+        return (
+            self.embed_tokens(decoder_ids),
+            self._read(embedded, is_text),
+            self.with_shared(span, decoder_ids.device),
+        )
+
+    def _read(self, embedded: Tensor, mask: Tensor | None) -> Memory:
+        """Run the encoder on [B, S, D]; ``mask`` [B, S] is false where a row is padding."""
+        states = self.encoder(inputs_embeds=embedded, attention_mask=mask).last_hidden_state
+        return Memory(states, None if mask is None else mask[:, None, None])
 
 
 class ScaledNorm(nn.Module):
@@ -211,8 +236,7 @@ def _t5(model: T5ForConditionalGeneration) -> T5Decoder:
         n_cached_heads=config.num_heads,
         head_dim=config.d_kv,
         max_positions=UNLIMITED_POSITIONS,
-        # T5's own text has no opening token; BLIP-2 names one for prompts without text.
-        bos_token_id=start_token_id if defaults.bos_token_id is None else defaults.bos_token_id,
+        bos_token_id=None,
         eos_token_id=_one_eos(config.eos_token_id),
         pad_token_id=config.pad_token_id,
         start_token_id=start_token_id,

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from free_dist.backbones.lean_layers import linear
-from free_dist.backbones.span import ContiguousSpan, LayerCache, Span
+from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, Span
 from free_dist.config import UserError
 
 
@@ -95,6 +95,7 @@ class LlamaBlockCall:
         cache: LayerCache | None = None,
         span: Span | None = None,
         last_only: bool = False,
+        memory: Memory | None = None,
     ) -> Tensor:
         """Run one ``LlamaDecoderLayer``: [R, T, D] -> [R, T, D], or [R, 1, D] with ``last_only``; causal.
 

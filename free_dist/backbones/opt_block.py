@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.models.opt.modeling_opt import OPTAttention
 
 from free_dist.backbones.lean_layers import layer_norm, linear
-from free_dist.backbones.span import LayerCache, Span
+from free_dist.backbones.span import LayerCache, Memory, Span
 
 
 def call_opt_block(
@@ -22,6 +22,7 @@ def call_opt_block(
     cache: LayerCache | None = None,
     span: Span | None = None,
     last_only: bool = False,
+    memory: Memory | None = None,
 ) -> Tensor:
     """Run one ``OPTDecoderLayer``: [R, T, D] -> [R, T, D], or [R, 1, D] with ``last_only``; causal.
 

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
 
 from free_dist.backbones.lean_layers import linear
-from free_dist.backbones.span import ContiguousSpan, LayerCache, Span
-from free_dist.config import UserError
+from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, Span
 
 
 class PositionBias:
@@ -38,12 +37,14 @@ class PositionBias:
 
     def __call__(self, span: Span, positions: Tensor) -> Tensor:
         """Added to the scores of a call over ``span``: [1 or R, H, T, S], with what may not be attended to masked out."""
-        weight = self._attention.relative_attention_bias.weight
+        table = self._attention.relative_attention_bias
         if self._buckets.device != positions.device:
             self._buckets = self._buckets.to(positions.device)
         keys = torch.arange(_visible(span), device=positions.device)
         distance = positions[..., None] - keys  # [T, S] or [R, T, S]
-        bias = F.embedding(self._buckets[distance.clamp(0, len(self._buckets) - 1)], weight)
+        buckets = self._buckets[distance.clamp(0, len(self._buckets) - 1)]
+        # Called as a module where a sharding engine gathers weights by its hooks; the call itself costs time.
+        bias = table(buckets) if table._forward_pre_hooks else F.embedding(buckets, table.weight)
         bias = bias.movedim(-1, -3)
         bias = bias if bias.ndim == 4 else bias[None]
         if span.mask is None and distance.shape[-2] == 1:  # one query that sees all
@@ -66,18 +67,30 @@ def call_t5_block(
     cache: LayerCache | None = None,
     span: Span | None = None,
     last_only: bool = False,
+    memory: Memory | None = None,
 ) -> Tensor:
-    """``BlockCall`` of T5: decoding only, needs gradients disabled; raises UserError without a cache.
+    """Run one ``T5Block``: [R, T, D] -> [R, T, D], or [R, 1, D] with ``last_only``; causal, and looking at the memory.
 
-    What the encoder read and the position bias reach a block through its cache and the span alone.
+    Decoding (a cache, which holds the memory) takes the lean path, which fires no module hooks and needs gradients disabled.
+    Without a cache ``memory`` must be given, and a span of all T positions that went through ``Backbone.with_shared``.
     """
-    if cache is None:
-        raise UserError(
-            "backbone.path: the blocks of a T5 backbone run in decoding only; training exits and probing blocks need a "
-            "decoder-only language model (OPT, LLaMA)"
+    assert span is not None, "T5's blocks need the span that holds their position bias"
+    if cache is not None:
+        return t5_block(block, hidden, cache, span, last_only=last_only)
+    assert memory is not None, "T5's blocks need what the encoder read"
+    mask = memory.mask
+    if mask is not None:
+        mask = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device).masked_fill_(
+            ~mask, torch.finfo(hidden.dtype).min
         )
-    assert span is not None, "a cache needs the span that says where to write"
-    return t5_block(block, hidden, cache, span, last_only=last_only)
+    # Exits may be trained in a narrower type than the backbone's.
+    output, _, _ = block(
+        hidden,
+        position_bias=span.shared.to(hidden.dtype),
+        encoder_hidden_states=memory.states.to(hidden.dtype),
+        encoder_attention_mask=mask,
+    )
+    return output
 
 
 def t5_block(block: nn.Module, hidden: Tensor, cache: LayerCache, span: Span, *, last_only: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ At batch 1 and small width, transformers' module calls and output recording take
 read the parameters directly and keep nothing between calls, so they are exact up to rounding and see every later change of
 a weight, but they neither fire forward hooks nor gather sharded parameters nor drop anything out: they are for inference on
 a replicated model.  Not known here: the projection to the language model, text inside the Q-Former, recorded attention maps,
-and when the functions may be used; :func:`supports` says only whether a model's structure is the one written out here.
+and when the functions may be used; ``supports_...`` say only whether a model's structure is the one written out here.
 
 Shape letters: I images, P patches of an image, W width of the vision tower, Q query tokens, D width of the Q-Former, H heads.
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.blip_2 import modeling_blip_2 as blip2
+from transformers.models.instructblip import modeling_instructblip as instructblip
 
 from free_dist.backbones.lean_layers import layer_norm, linear
 from free_dist.config import UserError
@@ -30,6 +31,13 @@ WRITTEN_OUT = frozenset(
         blip2.Blip2EncoderLayer,
         blip2.Blip2Attention,
         blip2.Blip2MLP,
+        # The same tower under another name.
+        instructblip.InstructBlipVisionModel,
+        instructblip.InstructBlipVisionEmbeddings,
+        instructblip.InstructBlipEncoder,
+        instructblip.InstructBlipEncoderLayer,
+        instructblip.InstructBlipAttention,
+        instructblip.InstructBlipMLP,
         blip2.Blip2QFormerModel,
         blip2.Blip2QFormerEncoder,
         blip2.Blip2QFormerLayer,
@@ -54,20 +62,15 @@ SAME_ATTENTION = frozenset({"eager", "sdpa"})
 """Attention implementations of transformers that differ from the kernel used here by rounding alone."""
 
 
-def supports(model: nn.Module) -> bool:
-    """Whether :func:`encode_patches` and :func:`run_qformer` equal the modules of ``model``, a ``Blip2ForConditionalGeneration``.
+def supports_vision(model: nn.Module) -> bool:
+    """Whether :func:`encode_patches` equals the vision tower of ``model``, a BLIP-2 or InstructBLIP.
 
     False if a class was replaced, a ``forward`` was overridden on an object (as offloading does), patches overlap or the
     attention implementation is another.  Wrapped or quantised linear maps and other activations are called and so
     supported.  Walks every module: ask once for a model, and again after changing its structure.
     """
     vision: Any = model._modules.get("vision_model")
-    qformer: Any = model._modules.get("qformer")
-    if type(vision) is not blip2.Blip2VisionModel or type(qformer) is not blip2.Blip2QFormerModel:
-        return False
-    if not all(type(module) in WRITTEN_OUT for tower in (vision, qformer) for module in _containers(tower)):
-        return False
-    if any("forward" in vars(module) for tower in (vision, qformer) for module in tower.modules()):
+    if type(vision) not in (blip2.Blip2VisionModel, instructblip.InstructBlipVisionModel) or not _is_untouched(vision):
         return False
     conv = vision.embeddings.patch_embedding
     return bool(
@@ -75,9 +78,23 @@ def supports(model: nn.Module) -> bool:
         and conv.stride == conv.kernel_size
         and (conv.padding, conv.dilation, conv.groups) == ((0, 0), (1, 1), 1)
         and vision.config._attn_implementation in SAME_ATTENTION
+    )
+
+
+def supports_qformer(model: nn.Module) -> bool:
+    """Whether :func:`run_qformer` equals the Q-Former of ``model``, a BLIP-2; as :func:`supports_vision`."""
+    qformer: Any = model._modules.get("qformer")
+    return bool(
+        type(qformer) is blip2.Blip2QFormerModel
+        and _is_untouched(qformer)
         and qformer.config._attn_implementation in SAME_ATTENTION
         and qformer.config.chunk_size_feed_forward == 0
     )
+
+
+def _is_untouched(tower: nn.Module) -> bool:
+    known = all(type(module) in WRITTEN_OUT for module in _containers(tower))
+    return known and not any("forward" in vars(module) for module in tower.modules())
 
 
 def encode_patches(vision_model: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -140,7 +157,7 @@ def _embed_patches(embeddings: nn.Module, pixel_values: Tensor) -> Tensor:
 def _vision_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
     """One pre-norm block: [I, T, W] -> [I, T, W]."""
     attention = _child(layer, "self_attn")
-    assert isinstance(attention, blip2.Blip2Attention)
+    assert isinstance(attention, (blip2.Blip2Attention, instructblip.InstructBlipAttention))
     images, length, _ = hidden.shape
     qkv = linear(_child(attention, "qkv"), layer_norm(_child(layer, "layer_norm1"), hidden))
     by_head = qkv.view(images, length, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4)

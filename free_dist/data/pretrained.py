@@ -1,21 +1,102 @@
-"""A pretrained backbone together with the encoder of its samples: what every entry point starts from."""
+"""A pretrained backbone together with the encoder of its samples: what every entry point starts from.
+
+Knows which adapter and which files a kind of checkpoint needs; does not know how weights are read.
+"""
 
 from __future__ import annotations
 
-from free_dist.backbones import Blip2Backbone
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from free_dist.backbones import Blip2Backbone, InstructBlipBackbone, TokenLayout
 from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
 from free_dist.backbones.embedded import resolve_backbone
+from free_dist.backbones.loading import check_vocabulary, load_model, read_config
+from free_dist.config import MissingFileError
 from free_dist.data.samples import SampleEncoder
 
+ADAPTERS = {adapter.model_type: adapter for adapter in (Blip2Backbone, InstructBlipBackbone)}
+"""``model_type`` in config.json -> adapter."""
 
-def load_pretrained(path: str) -> tuple[Blip2Backbone, SampleEncoder]:
-    """``backbone.path`` -> the frozen backbone in float32 and the encoder with its tokenizer and image processor.
+PROBE = "a"
+"""A text that shows what a tokenizer puts around every text."""
 
-    Raises MissingFileError or UserError for a directory that is not a usable checkpoint.
+QFORMER_TOKENIZER = "qformer_tokenizer"
+"""Directory, below a checkpoint's, of the tokenizer whose ids an InstructBLIP Q-Former reads."""
+
+
+def load_pretrained(
+    path: str,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    attn_implementation: str = "sdpa",
+    allow_pickle: bool = False,
+    sharding: AbstractContextManager[None] | None = None,
+) -> tuple[Blip2Backbone, SampleEncoder]:
+    """``backbone.path`` -> the frozen backbone, in ``dtype``, and the encoder with its tokenizers and image processor.
+
+    The other arguments are those of :func:`free_dist.backbones.loading.load_model`.  Raises MissingFileError or UserError for
+    a directory that is not a usable checkpoint.
     """
     directory = resolve_backbone(path)
-    backbone = Blip2Backbone.from_pretrained(directory)
+    model = load_model(
+        directory, dtype=dtype, attn_implementation=attn_implementation, allow_pickle=allow_pickle, sharding=sharding
+    )
+    backbone = ADAPTERS[model.config.model_type](model)
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, model, directory)
+    backbone.layout = text_layout(backbone.layout, tokenizer, read_config(directory))
     encoder = SampleEncoder(
-        load_tokenizer(directory), load_image_processor(directory), backbone.layout, backbone.max_positions
+        tokenizer,
+        load_image_processor(directory),
+        backbone.layout,
+        backbone.max_positions,
+        _qformer_tokenizer(directory, backbone) if isinstance(backbone, InstructBlipBackbone) else None,
     )
     return backbone, encoder
+
+
+def text_layout(layout: TokenLayout, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> TokenLayout:
+    """``layout`` with what a checkpoint's tokenizer and ``config`` (its config.json) say about the ends of a text.
+
+    A tokenizer that puts tokens around a text is right about them, whatever config.json says: Vicuna in InstructBLIP opens
+    texts with ``</s>``.  ``image_opening`` and ``image_closing`` in config.json are text around the image (MiniGPT-4).
+    """
+    text, whole = tokenizer.encode(PROBE, add_special_tokens=False), tokenizer.encode(PROBE)
+    if len(whole) > len(text):
+        start = next(n for n in range(len(whole)) if whole[n : n + len(text)] == text)
+        before, after = whole[:start], whole[start + len(text) :]
+    else:
+        before = [] if layout.bos_token_id is None else [layout.bos_token_id]
+        after = list(layout.prompt_end)
+    opening = [layout.image_token_id] * layout.num_query_tokens + before
+    if config.get("image_opening") or config.get("image_closing"):
+        image = [layout.image_token_id] * layout.num_query_tokens
+        around = [str(config.get(name) or "") for name in ("image_opening", "image_closing")]
+        first, last = (tokenizer.encode(part, add_special_tokens=False) for part in around)
+        opening = before + first + image + last
+    return replace(
+        layout,
+        opening=tuple(opening),
+        # A prompt that the answer continues must not be ended.
+        prompt_end=() if layout.decoder_start_token_id is None else tuple(after),
+    )
+
+
+def _qformer_tokenizer(directory: str | Path, backbone: Blip2Backbone) -> PreTrainedTokenizerBase:
+    path = Path(directory) / QFORMER_TOKENIZER
+    if not path.is_dir():
+        raise MissingFileError(
+            f"backbone.path: {path} does not exist: an InstructBLIP checkpoint needs the tokenizer of its Q-Former there, "
+            "as InstructBlipProcessor.save_pretrained writes it"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # Tokenizers are saved without a limit as often as not; what the Q-Former has positions for is the real one.
+    limit = backbone.model.config.qformer_config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return tokenizer

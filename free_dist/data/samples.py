@@ -2,9 +2,12 @@
 
 Knows how image and text share one sequence; does not know where records come from or who consumes batches.
 
-A row is laid out as  ``<image> * Q, bos, prompt_1, answer_1, eos, prompt_2, answer_2, eos, ...``.  Targets are stored
-*already shifted*: ``targets[b, t]`` is the token that position ``t`` must predict, so features, logits and targets of one
-position line up without any further shift.
+A row is laid out as  ``opening, prompt_1, answer_1, eos, prompt_2, answer_2, eos, ...``, the opening being what
+``TokenLayout`` says: placeholders of the image, the token that begins a text, a template.  Targets are stored *already
+shifted*: ``targets[b, t]`` is the token that position ``t`` must predict, so features, logits and targets of one position
+line up without any further shift.  Where an encoder reads the prompt, the last answer stands in a sequence of its own.
+
+Shape letters: B rows, I distinct images, T positions, N decoder positions, S tokens of an instruction.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from free_dist.backbones import TokenLayout
+from free_dist.backbones import Instruction, TokenLayout
 from free_dist.config import TASKS, DataConfig, UserError
 
 IGNORE = -100
@@ -74,7 +78,21 @@ class Batch:
     input_ids: Tensor
     """[B, T], padded on the right."""
     targets: Tensor
-    """[B, T], the token that each position must predict, or IGNORE."""
+    """[B, T] ([B, N] with ``decoder_ids``), the token that each position must predict, or IGNORE."""
+    decoder_ids: Tensor | None = None
+    """[B, N], padded on the right: what the decoder reads where an encoder reads ``input_ids``."""
+    instruction: Instruction | None = None
+    """What a Q-Former that reads text is given."""
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of ``Backbone.forward`` that come from data."""
+        return {
+            "pixel_values": self.pixel_values,
+            "image_index": self.image_index,
+            "input_ids": self.input_ids,
+            "decoder_ids": self.decoder_ids,
+            "instruction": self.instruction,
+        }
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -85,6 +103,8 @@ class Batch:
             image_index=self.image_index.to(device),
             input_ids=self.input_ids.to(device),
             targets=self.targets.to(device),
+            decoder_ids=None if self.decoder_ids is None else self.decoder_ids.to(device),
+            instruction=None if self.instruction is None else self.instruction.to(device),
         )
 
 
@@ -143,7 +163,11 @@ def _question_turn(question: str, answer: str, config: DataConfig) -> Turn:
 
 
 class SampleEncoder:
-    """Samples -> tensors, for one tokenizer, image processor and token layout."""
+    """Samples -> tensors, for one tokenizer, image processor and token layout.
+
+    Every answer of a sample is a target, unless the prompt passes through an encoder or the Q-Former, which would see the
+    later answers: then the last answer alone is, and the earlier ones belong to its prompt.
+    """
 
     def __init__(
         self,
@@ -151,34 +175,78 @@ class SampleEncoder:
         image_processor: BaseImageProcessor,
         layout: TokenLayout,
         max_length: int,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        """``qformer_tokenizer``: of a Q-Former that reads the prompt."""
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.layout = layout
         self.max_length = max_length
+        self.qformer_tokenizer = qformer_tokenizer
+        # Some tokenizers put a space before whatever they encode, others want it written where a text goes on.
+        apart = [*self._encoded("a"), *self._encoded("b")]
+        self._joint = "" if apart == self._encoded("a b") else " "
 
     def encode_text(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
-        """Turns -> (ids, targets), both of length T; raises UserError when they exceed the backbone's positions."""
-        ids = self._opening()
-        is_answer = [False] * len(ids)
-        for i, turn in enumerate(turns):
-            prompt = self._ids(turn.prompt, first=i == 0)
-            answer = [*self._ids(turn.answer, first=False), self.layout.eos_token_id]
-            ids += prompt + answer
-            is_answer += [False] * len(prompt) + [True] * len(answer)
-        self._check_length(len(ids))
+        """Turns -> (ids, targets), both of length T; raises UserError when they exceed the backbone's positions.
+
+        With an encoder the ids are what it reads and the targets are the decoder's, N of them.
+        """
+        ids, last = self.encode_prompt(turns), self._answer(turns[-1])
+        self._check_length(len(ids) + len(last))
+        if self.layout.decoder_start_token_id is not None:
+            return ids, last
+        is_answer = [False] * len(ids) + [True] * len(last)
+        if self.qformer_tokenizer is None:
+            end = len(self.layout.opening)
+            for i, turn in enumerate(turns[:-1]):
+                start = end + len(self._prompt(turn, first=i == 0))
+                end = start + len(self._answer(turn))
+                is_answer[start:end] = [True] * (end - start)
+        ids += last
         targets = [ids[t + 1] if is_answer[t + 1] else IGNORE for t in range(len(ids) - 1)] + [IGNORE]
         return ids, targets
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Ids up to where the last turn's answer begins: what ``generate`` starts from."""
-        ids = self._opening()
+        ids = list(self.layout.opening)
         for i, turn in enumerate(turns):
-            ids += self._ids(turn.prompt, first=i == 0)
+            ids += self._prompt(turn, first=i == 0)
             if i < len(turns) - 1:
-                ids += [*self._ids(turn.answer, first=False), self.layout.eos_token_id]
+                ids += self._answer(turn)
+        ids += self.layout.prompt_end
         self._check_length(len(ids))
         return ids
+
+    def encode_instructions(self, rows: Sequence[Sequence[Turn]]) -> Instruction | None:
+        """What the Q-Former reads of B rows of turns: all text before the last answer; None if it reads none.
+
+        Raises UserError when a text exceeds the Q-Former's positions.
+        """
+        if self.qformer_tokenizer is None:
+            return None
+        texts = []
+        for turns in rows:
+            words = [part for turn in turns for part in (turn.prompt, turn.answer)]
+            texts.append(" ".join(words[:-1]))
+        encoded = [self.qformer_tokenizer.encode(text) for text in texts]
+        width = max(len(ids) for ids in encoded)
+        if width > self.qformer_tokenizer.model_max_length:
+            raise UserError(
+                f"a prompt of {width} tokens exceeds the {self.qformer_tokenizer.model_max_length} that the Q-Former reads: "
+                "lower data.max_turns"
+            )
+        input_ids = torch.full((len(rows), width), self.qformer_tokenizer.pad_token_id, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for b, ids in enumerate(encoded):
+            input_ids[b, : len(ids)] = torch.tensor(ids)
+            mask[b, : len(ids)] = True
+        return Instruction(input_ids, mask)
+
+    def encode_instruction(self, turns: Sequence[Turn], device: torch.device | str) -> Instruction | None:
+        """:meth:`encode_instructions` of one row, on a device."""
+        instruction = self.encode_instructions([turns])
+        return None if instruction is None else instruction.to(device)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Generated ids -> text, without special tokens."""
@@ -197,30 +265,41 @@ class SampleEncoder:
         images: dict[bytes, int] = {}
         image_index = [images.setdefault(sample.image, len(images)) for sample in samples]
         rows = [self.encode_text(sample.turns) for sample in samples]
-        width = max(len(ids) for ids, _ in rows)
-        input_ids = torch.full((len(rows), width), self.layout.pad_token_id, dtype=torch.long)
-        targets = torch.full((len(rows), width), IGNORE, dtype=torch.long)
-        for b, (ids, wanted) in enumerate(rows):
-            input_ids[b, : len(ids)] = torch.tensor(ids)
-            targets[b, : len(ids)] = torch.tensor(wanted)
+        targets = [wanted for _, wanted in rows]
+        start = self.layout.decoder_start_token_id
+        pad = self.layout.pad_token_id
         return Batch(
             task=samples[0].task,
             keys=tuple(sample.key for sample in samples),
             pixel_values=torch.stack([self.encode_image(image) for image in images]),
             image_index=torch.tensor(image_index),
-            input_ids=input_ids,
-            targets=targets,
+            input_ids=_padded([ids for ids, _ in rows], pad),
+            targets=_padded(targets, IGNORE),
+            decoder_ids=None if start is None else _padded([[start, *wanted[:-1]] for wanted in targets], pad),
+            instruction=self.encode_instructions([sample.turns for sample in samples]),
         )
 
-    def _opening(self) -> list[int]:
-        return [self.layout.image_token_id] * self.layout.num_query_tokens + [self.layout.bos_token_id]
+    def _prompt(self, turn: Turn, *, first: bool) -> list[int]:
+        return self._encoded(turn.prompt if first else self._joint + turn.prompt)
 
-    def _ids(self, text: str, *, first: bool) -> list[int]:
-        # Words carry their leading space in byte-level BPE; only the very first text of a row has none.
-        return self.tokenizer.encode(text if first else " " + text, add_special_tokens=False)
+    def _answer(self, turn: Turn) -> list[int]:
+        # A decoder that starts anew begins a text; everywhere else the answer goes on with one.
+        joint = self._joint if self.layout.decoder_start_token_id is None else ""
+        return [*self._encoded(joint + turn.answer), self.layout.eos_token_id]
+
+    def _encoded(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
             raise UserError(
                 f"a row of {length} tokens exceeds the backbone's {self.max_length} positions: lower data.max_turns"
             )
+
+
+def _padded(rows: Sequence[Sequence[int]], filler: int) -> Tensor:
+    """Rows of any lengths -> [B, longest], filled on the right."""
+    padded = torch.full((len(rows), max(map(len, rows))), filler, dtype=torch.long)
+    for b, row in enumerate(rows):
+        padded[b, : len(row)] = torch.tensor(row)
+    return padded

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from free_dist.backbones import Backbone
+from free_dist.backbones import Backbone, Instruction
 from free_dist.config import UserError
 from free_dist.decoding.beam import BeamOptions, beam_search
 from free_dist.decoding.decoder import Decoder, DecoderOptions
@@ -54,6 +54,7 @@ def generate(
     eos_token_id: int | None = None,
     streamer: BaseStreamer | None = None,
     stopping_criteria: Sequence[StoppingCriteria] | None = None,
+    instruction: Instruction | None = None,
     prefix: Tensor | None = None,
     runner: StaticRunner | None = None,
 ) -> Generation:
@@ -64,7 +65,8 @@ def generate(
     given with a bank.  ``checks`` makes asking an exit cheaper.  ``lossless`` verifies what exits emit, at most
     ``max_draft_tokens`` at a time: greedy tokens are those of the full model, sampled ones have its distribution.
 
-    ``prefix`` [B, Q, D] replaces ``pixel_values`` when the images are encoded already.  ``eos_token_id`` ends an answer (None:
+    ``instruction`` is what InstructBLIP's Q-Former reads of the prompts (``SampleEncoder.encode_instructions``).  ``prefix``
+    [B, Q, D] replaces it and ``pixel_values`` when the images are encoded already.  ``eos_token_id`` ends an answer (None:
     the backbone's own; negative: never).  A ``streamer`` gets the prompt and then the tokens of the one row as they become
     final; ``stopping_criteria`` see each row's prompt and tokens [1, n].  ``num_beams`` above 1 searches with so many beams,
     each exiting on its own, and returns the best hypothesis with its score; ``length_penalty`` and ``early_stopping`` (True,
@@ -83,7 +85,7 @@ def generate(
             raise ValueError(
                 f"want pixel_values [B, 3, h, w] with one image per prompt, got {shape} for {len(prompts)} prompts"
             )
-        prefix = backbone.encode_prefix(pixel_values)
+        prefix = backbone.encode_prefix(pixel_values, None, instruction)
     if prefix.shape[0] != len(prompts):
         raise ValueError(f"prefix has {prefix.shape[0]} rows for {len(prompts)} prompts")
     if max_new_tokens < 1:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from free_dist.backbones import Backbone
+from free_dist.backbones import Backbone, Instruction
 from free_dist.config import DecodingConfig, MissingFileError, UserError
 from free_dist.data.samples import SampleEncoder, Turn
 from free_dist.decoding.generate import generate
@@ -87,9 +87,9 @@ def answer(
     n_answers = max(len(pictures), len(texts))
     if not pictures or not texts or len(pictures) not in (1, n_answers) or len(texts) not in (1, n_answers):
         raise UserError(f"{len(pictures)} images and {len(texts)} prompts: give as many of both, or one of either")
-    prefix = encode_images(backbone, encoder, pictures)
     turns = [[Turn(prompt=text, answer="")] if isinstance(text, str) else text for text in texts]
     prompt_ids = [encoder.encode_prompt(row) for row in turns]
+    prefix = encode_images(backbone, encoder, pictures, turns)
     generation = generate(
         backbone,
         bank,
@@ -125,10 +125,23 @@ class GrowingText(BaseStreamer):
 
 
 @torch.inference_mode()
-def encode_images(backbone: Backbone, encoder: SampleEncoder, images: Sequence[ImageLike]) -> Tensor:
-    """I images -> visual prefix [I, Q, D], in the backbone's type and on its device; raises as :func:`answer`."""
+def encode_images(
+    backbone: Backbone, encoder: SampleEncoder, images: Sequence[ImageLike], turns: Sequence[Sequence[Turn]] = ()
+) -> Tensor:
+    """I images -> visual prefix [I, Q, D], in the backbone's type and on its device; raises as :func:`answer`.
+
+    Where the Q-Former reads the prompt, a prefix belongs to both: ``turns`` are then the B prompts, and the result [B, Q, D].
+    """
     pixels = torch.stack([encoder.encode_image(read_image(image)) for image in images])
-    return backbone.encode_prefix(pixels.to(next(backbone.parameters())))
+    like = next(backbone.parameters())
+    instruction = encoder.encode_instructions(turns)
+    if instruction is None:
+        return backbone.encode_prefix(pixels.to(like))
+    n_rows = max(len(images), len(turns))
+    image_index = torch.arange(n_rows, device=like.device) % len(images)
+    return backbone.encode_prefix(
+        pixels.to(like), image_index, Instruction.joined([instruction] * (n_rows // len(turns))).to(like.device)
+    )
 
 
 def read_image(image: ImageLike) -> bytes:

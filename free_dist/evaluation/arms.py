@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
-from free_dist.backbones import Backbone, Blip2Backbone
+from free_dist.backbones import Backbone, Blip2Backbone, Instruction
 from free_dist.decoding.generate import generate
 from free_dist.decoding.runners import StaticRunner
 from free_dist.evaluation.benchmark import Arm, Decoded, Prompt, decoded, hf_generate, wait_for_device
@@ -41,8 +41,8 @@ class Contestant:
     """One decoder of the benchmark."""
 
     arm: Arm
-    split: Callable[[Tensor, Prompt], Split]
-    """(pixels [1, 3, height, width], prompt ids) -> the same answer's times, by part."""
+    split: Callable[[Tensor, Prompt, Instruction | None], Split]
+    """(pixels [1, 3, height, width], prompt ids, what the Q-Former reads) -> the same answer's times, by part."""
 
 
 class TokenClock(BaseStreamer):
@@ -89,15 +89,15 @@ def ours(
         "runner": runner,
     }
 
-    def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
-        return decoded(generate(backbone, bank, pixel_values, prompt_ids, **settings))
+    def decode(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Decoded:
+        return decoded(generate(backbone, bank, pixel_values, prompt_ids, instruction=instruction, **settings))
 
     @torch.inference_mode()
-    def split(pixel_values: Tensor, prompt_ids: Prompt) -> Split:
+    def split(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Split:
         clock = TokenClock()
         wait_for_device(pixel_values.device)
         start = time.perf_counter()
-        prefix = backbone.encode_prefix(pixel_values)
+        prefix = backbone.encode_prefix(pixel_values, None, instruction)
         wait_for_device(pixel_values.device)
         seen = time.perf_counter()
         generate(backbone, bank, None, prompt_ids, prefix=prefix, streamer=clock, **settings)
@@ -115,7 +115,7 @@ def hugging_face(
     ``compiled_for``: prompt positions, at most, for which its static cache is laid out and its decoding step compiled
     (method ``hf_compiled``).  One size for all prompts means one graph; compiling happens in the first call and takes long.
     """
-    options: dict[str, object] = {}
+    options: dict[str, Any] = {}
     if compiled_for is not None:
         config = CompileConfig(fullgraph=False, mode=None, dynamic=False)
         # Without this transformers leaves the model uncompiled on a CPU, and says nothing.
@@ -126,10 +126,12 @@ def hugging_face(
             "compile_config": config,
         }
 
-    def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
-        return hf_generate(backbone, pixel_values, prompt_ids, max_new_tokens=max_new_tokens, eos=eos, **options)
+    def decode(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Decoded:
+        return hf_generate(
+            backbone, pixel_values, prompt_ids, instruction, max_new_tokens=max_new_tokens, eos=eos, **options
+        )
 
-    def split(pixel_values: Tensor, prompt_ids: Prompt) -> Split:
+    def split(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Split:
         clock = TokenClock()
         wait_for_device(pixel_values.device)
         with _noting_prefix(backbone) as seen:
@@ -138,6 +140,7 @@ def hugging_face(
                 backbone,
                 pixel_values,
                 prompt_ids,
+                instruction,
                 max_new_tokens=max_new_tokens,
                 eos=eos,
                 streamer=clock,

@@ -16,13 +16,13 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from free_dist.backbones import Backbone, Blip2Backbone
+from free_dist.backbones import Backbone, Blip2Backbone, Instruction
 from free_dist.decoding.generate import generate
 from free_dist.decoding.result import Generation
 from free_dist.exits import ExitBank
@@ -58,8 +58,8 @@ class Decoded(NamedTuple):
     blocks: int
 
 
-Decode = Callable[[Tensor, Prompt], Decoded]
-"""(pixels [B, 3, height, width], prompt ids) -> Decoded."""
+Decode = Callable[[Tensor, Prompt, Instruction | None], Decoded]
+"""(pixels [B, 3, height, width], prompt ids, what the Q-Former reads) -> Decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +84,16 @@ class Prompted:
     pixel_values: Tensor
     """[B, 3, height, width]."""
     prompt_ids: Prompt
+    instruction: Instruction | None = None
+    """What a Q-Former that reads text is given."""
 
 
 def full_arm(backbone: Backbone, *, max_new_tokens: int) -> Arm:
     """Our own decoder at full depth, without any exit: method ``full``."""
 
-    def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
-        return decoded(generate(backbone, None, pixel_values, prompt_ids, max_new_tokens=max_new_tokens))
+    def decode(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Decoded:
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "instruction": instruction}
+        return decoded(generate(backbone, None, pixel_values, prompt_ids, **settings))
 
     return Arm(method="full", threshold=None, decode=decode)
 
@@ -100,10 +103,9 @@ def exits_arm(
 ) -> Arm:
     """Our decoder with early exits at one confidence threshold for all of them."""
 
-    def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
-        return decoded(
-            generate(backbone, bank, pixel_values, prompt_ids, thresholds=threshold, max_new_tokens=max_new_tokens)
-        )
+    def decode(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Decoded:
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "instruction": instruction}
+        return decoded(generate(backbone, bank, pixel_values, prompt_ids, thresholds=threshold, **settings))
 
     return Arm(method=method, threshold=threshold, decode=decode)
 
@@ -111,8 +113,8 @@ def exits_arm(
 def hf_arm(backbone: Blip2Backbone, *, max_new_tokens: int, stride: int = 1) -> Arm:
     """Hugging Face's own greedy ``generate`` with its KV cache, on the same model object and inputs: method ``hf``."""
 
-    def decode(pixel_values: Tensor, prompt_ids: Prompt) -> Decoded:
-        return hf_generate(backbone, pixel_values, prompt_ids, max_new_tokens=max_new_tokens)
+    def decode(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Decoded:
+        return hf_generate(backbone, pixel_values, prompt_ids, instruction, max_new_tokens=max_new_tokens)
 
     return Arm(method="hf", threshold=None, decode=decode, stride=stride)
 
@@ -122,26 +124,38 @@ def hf_generate(
     backbone: Blip2Backbone,
     pixel_values: Tensor,
     prompt_ids: Prompt,
+    instruction: Instruction | None = None,
     *,
     max_new_tokens: int,
     eos: int | None = None,
-    **options: object,
+    **options: Any,
 ) -> Decoded:
     """Greedy ``generate`` of the wrapped model on one prompt; ``options`` are more of its arguments."""
-    layout = backbone.layout
+    layout, model = backbone.layout, backbone.model
     input_ids = torch.tensor([prompt_ids], device=pixel_values.device)
-    output = backbone.model.generate(
-        pixel_values=pixel_values,
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=layout.eos_token_id if eos is None else eos,
-        pad_token_id=layout.pad_token_id,
-        **options,
-    )
-    tokens = output[0, len(prompt_ids) :].tolist()
+    options |= {
+        "attention_mask": torch.ones_like(input_ids),
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "eos_token_id": layout.eos_token_id if eos is None else eos,
+        "pad_token_id": layout.pad_token_id,
+    }
+    read: dict[str, Any] = {}
+    if instruction is not None:
+        read = {"qformer_input_ids": instruction.input_ids, "qformer_attention_mask": instruction.mask}
+    shown = len(prompt_ids) if layout.decoder_start_token_id is None else 1
+    if model.config.image_token_id is None:
+        # A checkpoint from before image placeholders: its ``generate`` no longer knows where an image goes.
+        is_image = input_ids == layout.image_token_id
+        embedded = model.get_input_embeddings()(input_ids.masked_fill(is_image, layout.pad_token_id))
+        images = model.get_image_features(pixel_values, **read).pooler_output.to(embedded.dtype)
+        embedded = embedded.masked_scatter(is_image[..., None].expand_as(embedded), images)
+        output = model.language_model.generate(inputs_embeds=embedded, **options)
+        shown = 0 if layout.decoder_start_token_id is None else 1
+    else:
+        output = model.generate(pixel_values=pixel_values, input_ids=input_ids, **read, **options)
+    tokens = output[0, shown:].tolist()
     return Decoded(tokens, [backbone.n_blocks] * len(tokens), backbone.n_blocks * len(tokens))
 
 
@@ -164,7 +178,7 @@ def run_interleaved(
     opening = [sample for _, sample in zip(range(warmup), iterator, strict=False)]
     for sample in opening:
         for arm in arms:
-            arm.decode(sample.pixel_values, sample.prompt_ids)
+            arm.decode(sample.pixel_values, sample.prompt_ids, sample.instruction)
     was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()
@@ -220,7 +234,7 @@ def wait_for_device(device: torch.device) -> None:
 def _timed(arm: Arm, sample: Prompted) -> Answer:
     wait_for_device(sample.pixel_values.device)
     start = time.perf_counter()
-    found = arm.decode(sample.pixel_values, sample.prompt_ids)
+    found = arm.decode(sample.pixel_values, sample.prompt_ids, sample.instruction)
     wait_for_device(sample.pixel_values.device)
     seconds = time.perf_counter() - start
     return Answer(tokens=tuple(found.tokens), exits=tuple(found.exits), blocks=found.blocks, seconds=seconds)

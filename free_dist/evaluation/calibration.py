@@ -279,9 +279,11 @@ class CalibrationSet:
         self.decodes += 1
         sample = self.samples[s]
         if self._encoded is None or self._encoded[0] != s:
-            pixels = self._encoder.encode_image(sample.image)[None].to(next(self._backbone.parameters()).device)
+            device = next(self._backbone.parameters()).device
+            pixels = self._encoder.encode_image(sample.image)[None].to(device)
+            instruction = self._encoder.encode_instruction(sample.turns, device)
             with torch.inference_mode():
-                self._encoded = s, self._backbone.encode_prefix(pixels)
+                self._encoded = s, self._backbone.encode_prefix(pixels, None, instruction)
         policy = RecordingPolicy(thresholds, emit=emit)
         (answer,) = generate(
             self._backbone,

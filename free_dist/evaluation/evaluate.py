@@ -138,8 +138,12 @@ def answer_samples(
     def prompted() -> Iterator[Prompted]:
         for i, sample in enumerate(samples):
             pixels = encoder.encode_image(sample.image)[None].to(device)
-            prompt_ids = encoder.encode_prompt(sample.turns)
-            yield Prompted(index=rank + i * world_size, pixel_values=pixels, prompt_ids=prompt_ids)
+            yield Prompted(
+                index=rank + i * world_size,
+                pixel_values=pixels,
+                prompt_ids=encoder.encode_prompt(sample.turns),
+                instruction=encoder.encode_instruction(sample.turns, device),
+            )
 
     for i, answers in enumerate(run_interleaved(arms, prompted())):
         yield SampleResult(

@@ -68,7 +68,12 @@ class Model:
         device = next(self.backbone.parameters()).device
         for i, sample in enumerate(samples):
             pixels = self.encoder.encode_image(sample.image)[None].to(device)
-            yield Prompted(index=i, pixel_values=pixels, prompt_ids=self.encoder.encode_prompt(sample.turns))
+            yield Prompted(
+                index=i,
+                pixel_values=pixels,
+                prompt_ids=self.encoder.encode_prompt(sample.turns),
+                instruction=self.encoder.encode_instruction(sample.turns, device),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

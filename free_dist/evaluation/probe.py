@@ -82,7 +82,7 @@ class Probe:
 @torch.inference_mode()
 def probe_batch(backbone: Backbone, banks: Mapping[str, ExitBank], batch: Batch) -> Probe:
     """Curves of one batch; one forward of the backbone and one of each bank."""
-    features = backbone(batch.pixel_values, batch.image_index, batch.input_ids, range(1, backbone.n_blocks + 1))
+    features = backbone(**batch.inputs(), exit_layers=range(1, backbone.n_blocks + 1))
     kept = (batch.targets != IGNORE) & (batch.targets != backbone.layout.eos_token_id)
     targets = batch.targets[kept]
     final = backbone.lm_head(features.final[kept]).argmax(-1)
@@ -95,7 +95,8 @@ def probe_batch(backbone: Backbone, banks: Mapping[str, ExitBank], batch: Batch)
     lens = torch.stack([backbone.lm_head(backbone.final_norm(h[kept])).argmax(-1) for h in features.exits])
     curves = {LENS: curve(range(1, backbone.n_blocks + 1), lens)}
     for name, bank in banks.items():
-        exits = bank([features.exits[k - 1] for k in bank.exit_layers], kept)
+        taps = [features.exits[k - 1] for k in bank.exit_layers]
+        exits = bank(taps, kept, memory=features.memory, span=features.span)
         curves[name] = curve(bank.exit_layers, torch.stack([bank.logits(one).argmax(-1) for one in exits]))
     return Probe(task=batch.task, tokens=len(targets), curves=curves)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from free_dist.backbones import Instruction
 from free_dist.config import ConfigError
 from free_dist.data.stream import split_samples
 from free_dist.evaluation.arms import Contestant, Split, hugging_face, ours
@@ -73,8 +74,6 @@ QUICK = Amounts(
 )
 """All three tasks within a minute."""
 
-RUNNER_WARMUP = 12
-"""Samples that a runner answers before the clock starts."""
 SHARES = {"choose": 0.3, "natural": 0.75, "split": 0.82, "fixed": 0.88, "batch": 1.0}
 """Part -> share of the time by which it ends."""
 
@@ -136,8 +135,8 @@ def benchmark_task(
 
     progress(f"{task}: natural lengths")
     natural = arms(None)
-    # Compiled programs are made when a shape first occurs, which must not happen under the clock.
-    warmup = 2 if model.runners is None else RUNNER_WARMUP
+    # Compiled programs are made when a shape first occurs, which must not happen under the clock: shapes depend on the answers.
+    warmup = 2 if model.runners is None else len(prompts)
     answers, times = timed(natural, prompts, rounds=amounts.rounds, warmup=warmup, deadline=until("natural"))
     rows = time_rows(natural, times, task=task, length="natural")
     texts = [[model.encoder.decode(answer.tokens) for answer in row] for row in answers]
@@ -224,7 +223,7 @@ def _splits(
     found: list[list[Split]] = [[] for _ in arms]
     for prompt in within(prompts, deadline):
         for own, arm in zip(found, arms, strict=True):
-            own.append(arm.split(prompt.pixel_values, prompt.prompt_ids))
+            own.append(arm.split(prompt.pixel_values, prompt.prompt_ids, prompt.instruction))
     return [
         {name: median_with_interval([getattr(split, name) for split in own]) for name in Split._fields} for own in found
     ]
@@ -240,9 +239,15 @@ def _in_batches(prompts: Sequence[Prompted], batches: int) -> list[Prompted]:
             index=i,
             pixel_values=torch.cat([prompt.pixel_values for prompt in group]),
             prompt_ids=[prompt.prompt_ids for prompt in group],  # type: ignore[arg-type]
+            instruction=_joined([prompt.instruction for prompt in group]),
         )
         for i, group in enumerate(groups[:batches])
     ]
+
+
+def _joined(parts: Sequence[Instruction | None]) -> Instruction | None:
+    known = [part for part in parts if part is not None]
+    return Instruction.joined(known) if known else None
 
 
 def _fastest(rows: Sequence[dict[str, Any]], *methods: str) -> dict[str, Any]:

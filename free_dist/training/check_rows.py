@@ -95,8 +95,8 @@ def _rows_of_batch(
 ) -> CheckRows:
     batch = encoder.collate(samples).to(device)
     answers = batch.targets != IGNORE
-    output = backbone(batch.pixel_values, batch.image_index, batch.input_ids, bank.exit_layers)
-    features = bank(output.exits, answers)  # [K, N, D]
+    output = backbone(**batch.inputs(), exit_layers=bank.exit_layers)
+    features = bank(output.exits, answers, memory=output.memory, span=output.span)  # [K, N, D]
     read = [torch.softmax(bank.logits(one), dim=-1, dtype=torch.float32).max(-1) for one in features]
     return CheckRows(
         hidden=torch.stack([tap[answers] for tap in output.exits]).float().cpu(),

@@ -53,7 +53,8 @@ def file_hash(directory: Path) -> str:
     """sha256 over the safetensors files of a checkpoint directory, in the order of their names."""
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

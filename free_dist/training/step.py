@@ -40,9 +40,10 @@ def adversarial_step(engines: Engines, batch: Batch, config: LossConfig, *, meas
     share = token_share(answers)
 
     with torch.no_grad():
-        features = engines.backbone(batch.pixel_values, batch.image_index, batch.input_ids, bank.exit_layers)
+        features = engines.backbone(**batch.inputs(), exit_layers=bank.exit_layers)
     final = features.final[answers].to(engines.dtype)  # [N, D]
-    fake = engines.exits([tap.to(engines.dtype) for tap in features.exits], answers)  # [K, N, D]
+    taps = [tap.to(engines.dtype) for tap in features.exits]
+    fake = engines.exits(taps, answers, memory=features.memory, span=features.span)  # [K, N, D]
     real = final.expand_as(fake)
 
     # D step: one engine forward over real and fake, so that the engine sees one forward per backward.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone
+from free_dist.backbones.checkpoint_files import open_checkpoint
 from free_dist.backbones.embedded import resolve_backbone
 from free_dist.config import ConfigError, Recipe
 from free_dist.data.pretrained import load_pretrained
@@ -19,10 +20,22 @@ from free_dist.data.samples import Batch, Sample, SampleEncoder
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.decoding.generate import generate
 from free_dist.distributed import StopFlag, World, all_reduce_mean, all_reduce_sum, seed_everything
-from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, needs_frozen_copy
-from free_dist.engines import Engines, build_engines, gathered
+from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, needs_frozen_copy, precision, zero_stage
+from free_dist.engines import (
+    Engines,
+    build_engines,
+    device_memory,
+    fits,
+    gathered,
+    gathered_parameters,
+    place_backbone,
+    sharded_loading,
+)
 from free_dist.exits import ExitBank, FeatureClassifiers
-from free_dist.exits.export import backbone_hash, save_exits
+from free_dist.exits.export import save_exits
+from free_dist.exits.manifest import BackboneFacts, decoding_settings
+from free_dist.exits.transformer import check_exit_layers, init_block
+from free_dist.exits.variants import ExitVariant
 from free_dist.monitor import Monitor
 from free_dist.training.runs import EXPORT, file_hash, provenance
 from free_dist.training.schedule import warmup_cosine
@@ -43,26 +56,46 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     """
     run_dir = Path(recipe.run_dir)
     seed_everything(recipe.training.seed)
-    backbone, encoder = load_pretrained(recipe.backbone.path)
+    directory = resolve_backbone(recipe.backbone.path)
+    options: dict[str, Any] = {
+        "attn_implementation": recipe.backbone.attn_implementation,
+        "allow_pickle": recipe.backbone.allow_pickle,
+    }
+    dtype = getattr(torch, precision(ds_config["backbone"]))
+    weight_bytes = open_checkpoint(directory, allow_pickle=recipe.backbone.allow_pickle).nbytes(dtype)
+    ds_config = place_backbone(ds_config, weight_bytes, world.device)
+    backbone, encoder = load_pretrained(
+        recipe.backbone.path, dtype=dtype, sharding=sharded_loading(ds_config["backbone"]), **options
+    )
     if backbone.layout.num_query_tokens + recipe.decoding.max_new_tokens >= backbone.max_positions:
         raise ConfigError(
             f"decoding.max_new_tokens={recipe.decoding.max_new_tokens}: the backbone has {backbone.max_positions} positions, "
             f"{backbone.layout.num_query_tokens} of them for the image"
         )
-    frozen_hash = backbone_hash(backbone)
-    bank = ExitBank(
-        backbone,
-        recipe.exits.exit_layers,
-        init=recipe.exits.init,
-        copy_frozen=needs_frozen_copy(ds_config),
-    )
+    facts = BackboneFacts.of(backbone, resolve_backbone(recipe.backbone.path)) if world.is_main else None
+    layers, init = recipe.exits.exit_layers, recipe.exits.init
+    check_exit_layers(layers, backbone.n_blocks)
+    copied = (backbone.block(init_block(k, init, backbone.n_blocks)) for k in layers)
+    with gathered_parameters(*backbone.shared_modules(), *copied):
+        bank = ExitBank(
+            backbone,
+            layers,
+            variant=ExitVariant.from_config(recipe.exits),
+            init=init,
+            copy_frozen=needs_frozen_copy(ds_config),
+        )
     classifiers = None
     if recipe.loss.adversarial_weight > 0:
         classifiers = FeatureClassifiers(
             len(bank.exit_layers), backbone.hidden_size, recipe.exits.discriminator_hidden_size
         )
-    # A sharded backbone cannot decode alone on one rank; sample texts come from a replica.
-    decoder = load_pretrained(recipe.backbone.path)[0] if world.is_main and recipe.training.sample_every else None
+    decoder = None
+    if world.is_main and recipe.training.sample_every:
+        if zero_stage(ds_config["backbone"]) == 0:
+            decoder = backbone
+        elif fits(weight_bytes, device_memory(world.device)):
+            # A sharded backbone cannot decode alone on one rank; sample texts come from a replica.
+            decoder = load_pretrained(recipe.backbone.path, dtype=dtype, **options)[0].to(world.device)
     steps = recipe.training.max_steps
     factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
     engines = build_engines(backbone, bank, classifiers, ds_config, factor)
@@ -104,18 +137,25 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     export = run_dir / EXPORT
     with gathered(engines.exits):
         if world.is_main:
+            versions = provenance()
             save_exits(
                 bank,
                 export,
-                backbone_hash=frozen_hash,
+                backbone=facts,
                 thresholds=recipe.decoding.confidence_threshold,
+                calibration="decoding.confidence_threshold of the recipe; not calibrated",
+                decoding=decoding_settings(recipe),
+                git_commit=versions.pop("git_commit"),
                 extra={
                     "backbone": recipe.backbone.path,
                     "backbone_files_sha256": file_hash(resolve_backbone(recipe.backbone.path)),
                     "steps": step,
+                    "data": {
+                        "set": Path(recipe.data.root).name,
+                        "tasks": ", ".join(task for task, weight in recipe.data.tasks.items() if weight),
+                    },
                     "loss": vars(recipe.loss),
-                    "thresholds": "decoding.confidence_threshold of the recipe; not calibrated",
-                    **provenance(),
+                    **versions,
                 },
             )
     if stopped:
@@ -172,9 +212,9 @@ def _log_samples(
 
 def _decoding_copy(bank: ExitBank, decoder: Backbone) -> ExitBank:
     """The bank's weights in the decoder's precision, on the decoder's own norm and head."""
-    copy = ExitBank(decoder, bank.exit_layers, init="same").eval()
-    copy.transformers.load_state_dict(bank.transformers.state_dict())
-    return copy
+    copy = ExitBank(decoder, bank.exit_layers, variant=bank.variant, init=bank.init).eval()
+    copy.load_trainable_state_dict(bank.trainable_state_dict())
+    return copy.merged()
 
 
 def _sample_row(sample: Sample, decoder: Backbone, exits: ExitBank, encoder: SampleEncoder, recipe: Recipe) -> str:
@@ -186,6 +226,7 @@ def _sample_row(sample: Sample, decoder: Backbone, exits: ExitBank, encoder: Sam
         exits,
         pixels,
         prompt,
+        instruction=encoder.encode_instruction(sample.turns, parameter.device),
         thresholds=recipe.decoding.confidence_threshold,
         max_new_tokens=recipe.decoding.max_new_tokens,
     )[0]

@@ -165,6 +165,22 @@ def test_costs_are_positive_and_grow_with_what_is_computed() -> None:
     assert min(costs.head, costs.gate, costs.token, costs.segment, *costs.exit_heads.values()) > 0
     assert costs.block[64] > costs.block[1] == costs.last_block[1]
     assert costs.last_block[64] < costs.block[64]
+    assert costs.exit_transformer is None
+
+
+@pytest.mark.parametrize(("variant", "is_block"), [("lora", True), ("bottleneck", False)])
+def test_exits_that_are_no_blocks_are_timed_by_themselves_and_are_cheaper(variant: str, is_block: bool) -> None:
+    backbone = random_backbone(replace(SMALL, width=512, inner=2048, n_blocks=4), dtype=torch.float32)
+    bank = ExitBank(backbone, (1,), variant=variant).merged().eval().requires_grad_(False)
+    checks = {"full": random_checks(backbone, bank, "full", gate=False, size=0)}
+    meter = CostMeter(backbone, bank, checks, positions=(1, 4))
+    for _ in range(5):
+        meter.sample()
+    costs = meter.costs()
+    if is_block:
+        assert costs.exit_transformer is None
+    else:
+        assert costs.exit_transformer is not None and 0 < costs.exit_transformer < 0.5 * costs.block[1]
 
 
 def test_int8_rounds_each_weight_to_its_nearest_level() -> None:

@@ -176,7 +176,7 @@ def test_clock_interleaves_arms_in_changing_order_with_collection_off() -> None:
     calls: list[tuple[str, int]] = []
 
     def recorder(name: str) -> Callable[[Tensor, list[int]], Decoded]:
-        def decode(_pixel_values: Tensor, prompt_ids: list[int]) -> Decoded:
+        def decode(_pixel_values: Tensor, prompt_ids: list[int], _instruction: None) -> Decoded:
             calls.append((name, prompt_ids[0]))
             assert len(calls) <= 4 or not gc.isenabled()  # the warm-up may collect
             return Decoded([1], [4], 4)
