@@ -1,52 +1,82 @@
 #!/usr/bin/env python
-"""Stage 1: train the embedded backbone on task data and save it as a Hugging Face directory.  One process."""
+"""Stage 1: train parts of a backbone on task data and save it as a Hugging Face directory; an interrupted run goes on.
+
+    deepspeed --num_gpus 2 launch/finetune.py --ds_config FILE --config RECIPE
+    torchrun --nproc_per_node 2 launch/finetune.py --ds_config FILE --config RECIPE
+    python launch/finetune.py --config RECIPE
+
+The one engine takes batch size, precision, ZeRO stage and gradient clipping from the section exits of --ds_config (a file
+without sections is that section); learning rate and weight decay are the recipe's.  Without --ds_config: float32, ZeRO 1,
+finetune.batch_size rows per step.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 from pathlib import Path
+from typing import Any
 
-from free_dist.config import Recipe
-from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
-from free_dist.training.runs import refuse_existing_run
+from free_dist.config import DataConfig, Recipe
+from free_dist.ds_config import read_ds_config
+from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.training.stage1_run import check_run, engine_section, write_run
+
+EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ds_config", metavar="FILE", help="DeepSpeed JSON; see above and ds_configs/")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by some launchers
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):
-        run(load_recipe(arguments.config, arguments.overrides))
+        recipe = load_recipe(arguments.config, arguments.overrides)
+        ds_config = None if arguments.ds_config is None else read_ds_config(arguments.ds_config)
+        raise SystemExit(run(recipe, ds_config))
 
 
-def run(recipe: Recipe) -> None:
-    """Train a new embedded backbone as the recipe says; raises UserError if ``run_dir`` already holds a run."""
-    run_dir = Path(recipe.run_dir)
-    refuse_existing_run(run_dir)
+def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> int:
+    """Train as the recipe says, or go on with it; returns the exit code."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
 
-    from free_dist.backbones import Blip2Backbone
-    from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
-    from free_dist.backbones.embedded import grown, new_image_processor, new_model, train_tokenizer
-    from free_dist.data.samples import SampleEncoder
-    from free_dist.data.stream import corpus
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported, which warns without it
+    from free_dist.data import easyvqa
+    from free_dist.distributed import distributed_session
     from free_dist.training.finetune import finetune
-    from free_dist.training.vision import pretrain_vision
+    from free_dist.training.stage1_start import make_start, start_directory
+    from free_dist.training.trainer import Interrupted
 
-    start, n_blocks = recipe.finetune.start, recipe.finetune.n_blocks
-    if start is None:
-        backbone = Blip2Backbone(new_model(n_blocks=n_blocks, seed=recipe.training.seed))
-        tokenizer = train_tokenizer(corpus(recipe.data), vocab_size=backbone.vocab_size)
-        image_processor = new_image_processor()
-    else:
-        backbone = Blip2Backbone(grown(Blip2Backbone.from_pretrained(start).model, n_blocks))
-        tokenizer, image_processor = load_tokenizer(start), load_image_processor(start)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, run_dir / "recipe.yaml")
-    encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
-    if recipe.finetune.vision_steps:
-        pretrain_vision(backbone, encoder, recipe, steps=recipe.finetune.vision_steps)
-    finetune(backbone, encoder, recipe)
-    print(f"saved: {run_dir / 'backbone'}")
+    disable_progress_bar()
+    with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
+        section = engine_section(recipe, ds_config, world.size)
+        check_run(recipe, section)
+        torch.distributed.barrier()  # nothing is written until every rank has looked
+        if world.is_main:
+            rows = (
+                section["train_micro_batch_size_per_gpu"] * section.get("gradient_accumulation_steps", 1) * world.size
+            )
+            processes = "1 process" if world.size == 1 else f"{world.size} processes"
+            print(f"{processes} on {world.device.type}, {rows} rows per step", flush=True)
+            if recipe.data.root == DataConfig().root:
+                easyvqa.prepare(Path(recipe.data.root))
+            write_run(recipe, section)
+            make_start(recipe)
+        torch.distributed.barrier()  # the other ranks read what rank 0 has just made
+        tell = functools.partial(print, flush=True) if world.is_main else lambda _line: None
+        try:
+            result = finetune(recipe, section, start_directory(recipe), world, tell)
+        except Interrupted as stop:
+            if world.is_main:
+                print(f"\n{stop}")
+            return EXIT_INTERRUPTED
+        if world.is_main:
+            print(f"saved: {result}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,52 +1,98 @@
-"""Stage 1: train the backbone itself on the answers of the task data, then save it as a Hugging Face directory.
+"""Stage 1: train parts of the backbone itself on the answers of the task data, in one DeepSpeed engine.
 
-Plain PyTorch in a single process; does not know ranks, exits, discriminators or DeepSpeed.
+The loop: stream, step, log, evaluate, checkpoint.  Batches, augmentation and dropout of a step are functions of (seed, step,
+rank), so a run that goes on from a checkpoint repeats exactly what an uninterrupted one would have done.  Knows the order of
+things in a run; does not know how modules are sharded, which parameters a part has, or exits.
+
+Shape letters: B rows, T positions (of the decoder, if there is an encoder), N answer positions, I images.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import random
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from free_dist.backbones import Blip2Backbone
+from free_dist.backbones import Backbone, Instruction
 from free_dist.config import Recipe
-from free_dist.data.samples import IGNORE, Batch, SampleEncoder
-from free_dist.data.stream import split_samples, training_batches
+from free_dist.data.pretrained import load_pretrained
+from free_dist.data.samples import IGNORE, Batch, Sample, SampleEncoder
+from free_dist.data.stream import global_batches, split_samples
+from free_dist.distributed import StopFlag, World, all_reduce_sum, all_true, seed_everything
+from free_dist.ds_config import precision
+from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_loading, trained_weights
+from free_dist.monitor import LOG, Monitor
+from free_dist.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from free_dist.training.schedule import warmup_cosine
+from free_dist.training.stage1_result import save_backbone, save_trained
+from free_dist.training.stage1_run import ADAPTER, BACKBONE, CHECKPOINTS, forget_log_after
+from free_dist.training.trained_parts import describe_parts, set_training_mode, train_parts
+from free_dist.training.trainer import Interrupted
+
+__all__ = ["AnswerScores", "answer_loss", "augment_images", "finetune", "save_backbone", "teacher_forced_accuracy"]
 
 MAX_SHIFT = 6
 """Largest random translation of an image, in pixels."""
 
+EVALUATED = 640
+"""Samples of the calibration split that an evaluation takes per task."""
 
-def answer_loss(backbone: Blip2Backbone, batch: Batch) -> Tensor:
+MODEL = "backbone.model."
+"""What the engine puts before the names of the model's own parameters."""
+
+
+class AnswerScores(nn.Module):
+    """A backbone with its loss: everything that reads weights happens in one forward, as sharding wants."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        image_index: Tensor,
+        input_ids: Tensor,
+        targets: Tensor,
+        decoder_ids: Tensor | None = None,
+        instruction: Instruction | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """A batch -> (cross entropy summed over its N answer tokens, scalar; whether every answer token of a row is the most
+        likely one given the true answer so far, bool [B])."""
+        features = self.backbone(
+            pixel_values, image_index, input_ids, (), decoder_ids=decoder_ids, instruction=instruction
+        ).final
+        kept = targets != IGNORE
+        logits = self.backbone.lm_head(features[kept]).float()
+        hit = torch.ones_like(kept)
+        hit[kept] = logits.argmax(-1) == targets[kept]
+        return F.cross_entropy(logits, targets[kept], reduction="sum"), hit.all(-1)
+
+
+def answer_loss(backbone: Backbone, batch: Batch) -> Tensor:
     """Mean cross entropy of the targets of a batch, over answer tokens only; scalar."""
-    features = backbone(batch.pixel_values, batch.image_index, batch.input_ids, ()).final
-    kept = batch.targets != IGNORE
-    return F.cross_entropy(backbone.lm_head(features[kept]), batch.targets[kept])
+    return AnswerScores(backbone)(**batch.inputs(), targets=batch.targets)[0] / answer_tokens(batch)
+
+
+def answer_tokens(batch: Batch) -> Tensor:
+    """Number of targets in a batch, scalar."""
+    return (batch.targets != IGNORE).sum()
 
 
 @torch.no_grad()
-def teacher_forced_accuracy(backbone: Blip2Backbone, batches: Iterator[Batch]) -> float:
+def teacher_forced_accuracy(backbone: Backbone, batches: Iterable[Batch]) -> float:
     """Share of rows whose every answer token is the most likely one given the true answer so far."""
-    right = rows = 0
-    for batch in batches:
-        features = backbone(batch.pixel_values, batch.image_index, batch.input_ids, ()).final
-        kept = batch.targets != IGNORE
-        hit = torch.ones_like(kept)
-        hit[kept] = backbone.lm_head(features[kept]).argmax(-1) == batch.targets[kept]
-        right += int(hit.all(-1).sum())
-        rows += len(hit)
-    return right / rows
+    scores = AnswerScores(backbone)
+    hits = torch.cat([scores(**batch.inputs(), targets=batch.targets)[1] for batch in batches])
+    return hits.float().mean().item()
 
 
 def augment_images(images: Tensor, rng: random.Random) -> Tensor:
@@ -61,71 +107,168 @@ def augment_images(images: Tensor, rng: random.Random) -> Tensor:
     return torch.stack(moved)
 
 
-def finetune(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Recipe) -> None:
-    """Train ``backbone`` in place; logs to ``run_dir/log.jsonl`` and saves ``run_dir/backbone`` at every evaluation.
+def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World, tell: Callable[[str], None]) -> Path:
+    """Train the backbone in ``start`` as the recipe says, going on from ``run_dir``'s newest checkpoint if there is one.
 
-    Raises FloatingPointError when the loss is not finite.
+    ``section`` comes from :func:`~free_dist.training.stage1_run.engine_section`; ``tell`` receives lines for the person who
+    waits.  Returns the Hugging Face directory of the result, complete on rank 0.  Raises Interrupted after SIGINT or SIGTERM
+    to any rank, on all ranks, with a checkpoint written; FloatingPointError when the loss is not finite; UserError for a
+    checkpoint of other processes.
     """
-    settings = recipe.finetune
-    steps, seed = recipe.training.max_steps, recipe.training.seed
-    run_dir = Path(recipe.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    backbone.requires_grad_(True).train()
-    matrices = [p for p in backbone.parameters() if p.ndim >= 2]
-    others = [p for p in backbone.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+    run_dir, steps, settings = Path(recipe.run_dir), recipe.training.max_steps, recipe.finetune
+    dtype = getattr(torch, precision(section))
+    backbone, encoder = load_pretrained(
+        str(start),
+        dtype=dtype,
+        attn_implementation=recipe.backbone.attn_implementation,
+        allow_pickle=recipe.backbone.allow_pickle,
+        sharding=sharded_loading(section),
+    )
+    # Loading draws random numbers, or none, as the ZeRO stage has it; the first LoRA factors are drawn after it.
+    seed_everything(recipe.training.seed)
+    train_parts(backbone.model, settings)
+    tell(describe_parts(backbone.model))
     factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    batches = training_batches(recipe.data, encoder, seed=seed, micro_batch_size=settings.batch_size)
-    rng = random.Random(f"{seed}/augment/0")
-    started = time.perf_counter()
-    with open(run_dir / "log.jsonl", "w") as log:
-        for step in tqdm(range(1, steps + 1), desc="stage 1", mininterval=1.0):
-            batch = next(batches)
-            batch = replace(batch, pixel_values=augment_images(batch.pixel_values, rng))
-            loss = answer_loss(backbone, batch)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"stage 1: loss is {loss.item()} at step {step}: lower finetune.learning_rate")
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(backbone.parameters(), settings.grad_clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step % recipe.training.log_every == 0 or step == 1:
-                entry = {"step": step, "task": batch.task, "loss": loss.item(), "grad_norm": grad_norm.item()}
-                entry |= {"lr": schedule.get_last_lr()[0], "seconds": round(time.perf_counter() - started, 1)}
-                log.write(json.dumps(entry) + "\n")
-                log.flush()
-            if step % settings.eval_every == 0 or step == steps:
-                backbone.eval()
-                accuracy = teacher_forced_accuracy(backbone, _evaluation_batches(recipe, encoder))
-                log.write(json.dumps({"step": step, "calibration_accuracy": accuracy}) + "\n")
-                log.flush()
-                save_backbone(backbone, encoder, run_dir / "backbone")
-                backbone.train()
-    backbone.requires_grad_(False).eval()
+    engine = build_single_engine(AnswerScores(backbone), section, factor)
+    done = 0
+    checkpoint = latest_checkpoint(run_dir / CHECKPOINTS)
+    if checkpoint is not None:
+        done = load_checkpoint(checkpoint, engine, world=world)
+        tell(f"goes on after step {done} of {steps}, from {checkpoint}")
+    if world.is_main:
+        forget_log_after(run_dir / LOG, done)
+    batches = _remaining_steps(recipe, encoder, section, world, done)
+    evaluated = _evaluated_samples(recipe, world) if settings.eval_every else {}
+    set_training_mode(backbone.model)
+    with (
+        StopFlag(world.device) as stop,
+        Monitor(run_dir, total_steps=steps - done, description="stage 1", enabled=world.is_main) as monitor,
+    ):
+        tokens = torch.zeros((), dtype=torch.long, device=world.device)
+        for step in range(done + 1, steps + 1):
+            micro_batches = [batch.to(world.device) for batch in next(batches)]
+            if settings.augment_images:
+                rng = _random(recipe, "augment", step, world)
+                micro_batches = [replace(b, pixel_values=augment_images(b.pixel_values, rng)) for b in micro_batches]
+            torch.manual_seed(_random(recipe, "dropout", step, world).getrandbits(63))
+            loss = _train_one_step(engine, micro_batches, step, dtype, world)
+            tokens += torch.stack([_text_tokens(batch, encoder) for batch in micro_batches]).sum()
+            monitor.advance(samples=sum(len(batch.keys) for batch in micro_batches) * world.size)
+            if step == 1 or step % recipe.training.log_every == 0 or step == steps:
+                values = _scalars(engine, loss, micro_batches[0].task)
+                monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
+                tokens.zero_()
+            if settings.eval_every and (step % settings.eval_every == 0 or step == steps):
+                monitor.scalars(step, _evaluate(engine, encoder, evaluated, section, world), tokens=0)
+                set_training_mode(backbone.model)
+            stopped = stop.agreed()
+            if stopped or step % settings.save_every == 0 or step == steps:
+                save_checkpoint(run_dir / CHECKPOINTS, engine, step=step, world=world)
+            if stopped and step < steps:
+                raise Interrupted(f"stopped after step {step} of {steps}; the same command goes on from there")
+    return _write_result(recipe, engine, start, world)
 
 
-def save_backbone(backbone: Blip2Backbone, encoder: SampleEncoder, directory: Path) -> None:
-    """Write model, tokenizer and image processor as one Hugging Face directory, in place of what ``directory`` held.
+def _train_one_step(
+    engine: DeepSpeedEngine, batches: list[Batch], step: int, dtype: torch.dtype, world: World
+) -> Tensor:
+    """One optimizer step on this rank's micro-batches; returns the mean loss over all ranks' answer tokens, scalar.
 
-    Written beside it and swapped in by renaming: whoever is interrupted finds a whole checkpoint, at worst the former one
-    under ``NAME.old``.
+    The mean is over the tokens of the whole step, however these are spread over ranks and micro-batches.
     """
-    written, former = (directory.with_name(f"{directory.name}.{suffix}") for suffix in ("tmp", "old"))
-    shutil.rmtree(written, ignore_errors=True)
-    backbone.model.save_pretrained(written)
-    encoder.tokenizer.save_pretrained(written)
-    encoder.image_processor.save_pretrained(written)
-    if directory.exists():
-        shutil.rmtree(former, ignore_errors=True)
-        directory.rename(former)
-    written.rename(directory)
-    shutil.rmtree(former, ignore_errors=True)
+    tokens = all_reduce_sum(torch.stack([answer_tokens(batch) for batch in batches]).sum().float())
+    total = torch.zeros((), device=world.device)
+    for batch in batches:
+        summed, _ = engine(**_arguments(batch, dtype))
+        # The engine divides by the number of micro-batches and of ranks.
+        loss = summed * (len(batches) * world.size / tokens)
+        engine.backward(loss)
+        total += summed.detach() / tokens
+        if batch is batches[-1] and not all_true(torch.isfinite(total)):
+            raise FloatingPointError(f"stage 1: the loss is not finite at step {step}: lower finetune.learning_rate")
+        engine.step()
+    return all_reduce_sum(total)
 
 
-def _evaluation_batches(recipe: Recipe, encoder: SampleEncoder, batch_size: int = 64) -> Iterator[Batch]:
-    samples = split_samples(recipe.data, "calibration", "vqa", max_samples=640)
-    for first in range(0, len(samples), batch_size):
-        yield encoder.collate(samples[first : first + batch_size])
+def _arguments(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+    return batch.inputs() | {"pixel_values": batch.pixel_values.to(dtype), "targets": batch.targets}
+
+
+def _remaining_steps(
+    recipe: Recipe, encoder: SampleEncoder, section: dict[str, Any], world: World, done: int
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of every optimizer step after ``done``.
+
+    Steps that are done are read and thrown away as records: no image is decoded, no text encoded.
+    """
+    size, accumulation = section["train_micro_batch_size_per_gpu"], section.get("gradient_accumulation_steps", 1)
+    rows = size * accumulation * world.size
+    for samples in itertools.islice(global_batches(recipe.data, seed=recipe.training.seed, rows=rows), done, None):
+        firsts = [(micro * world.size + world.rank) * size for micro in range(accumulation)]
+        yield [encoder.collate(samples[first : first + size]) for first in firsts]
+
+
+def _evaluated_samples(recipe: Recipe, world: World) -> dict[str, list[Sample]]:
+    """Task -> this rank's calibration samples, equally many on every rank: a sharded model must run equally often."""
+    shares = {}
+    for task in (task for task, weight in recipe.data.tasks.items() if weight > 0):
+        samples = split_samples(recipe.data, "calibration", task, max_samples=EVALUATED)
+        each = len(samples) // world.size
+        shares[task] = samples[world.rank * each : (world.rank + 1) * each] if each else samples
+    return shares
+
+
+@torch.no_grad()
+def _evaluate(
+    engine: DeepSpeedEngine,
+    encoder: SampleEncoder,
+    evaluated: dict[str, list[Sample]],
+    section: dict[str, Any],
+    world: World,
+) -> dict[str, float]:
+    """Loss per answer token and share of wholly right rows, per task, given the true answer so far; in evaluation mode."""
+    engine.eval()
+    size = section["train_micro_batch_size_per_gpu"]
+    values: dict[str, float] = {}
+    for task, samples in evaluated.items():
+        counts = torch.zeros(4, dtype=torch.float64, device=world.device)
+        for first in range(0, len(samples), size):
+            batch = encoder.collate(samples[first : first + size]).to(world.device)
+            summed, hit = engine(**_arguments(batch, getattr(torch, precision(section))))
+            counts += torch.stack([summed.double(), answer_tokens(batch), hit.sum(), torch.tensor(len(hit))])
+        loss, tokens, hits, rows = all_reduce_sum(counts).tolist()
+        values |= {f"calibration_loss_{task}": loss / tokens, f"calibration_accuracy_{task}": hits / rows}
+    engine.train()
+    return values
+
+
+def _scalars(engine: DeepSpeedEngine, loss: Tensor, task: str) -> dict[str, float]:
+    norm = engine.get_global_grad_norm()
+    values = {"loss": loss.item(), f"loss_{task}": loss.item(), "learning_rate": engine.get_lr()[0]}
+    return values if norm is None else values | {"grad_norm": float(norm)}
+
+
+def _text_tokens(batch: Batch, encoder: SampleEncoder) -> Tensor:
+    """Tokens of text that the language model reads, scalar: neither padding nor image placeholders."""
+    ids = batch.input_ids
+    return ((ids != encoder.layout.pad_token_id) & (ids != encoder.layout.image_token_id)).sum()
+
+
+def _random(recipe: Recipe, purpose: str, step: int, world: World) -> random.Random:
+    return random.Random(f"{recipe.training.seed}/{purpose}/{step}/{world.rank}")
+
+
+def _write_result(recipe: Recipe, engine: DeepSpeedEngine, start: Path, world: World) -> Path:
+    run_dir = Path(recipe.run_dir)
+    weights = trained_weights(engine, keep=world.is_main)
+    if world.is_main:
+        save_trained(
+            start,
+            {name.removeprefix(MODEL): weight for name, weight in weights.items()},
+            recipe.finetune,
+            run_dir / BACKBONE,
+            adapter=run_dir / ADAPTER if recipe.finetune.keep_adapter else None,
+            allow_pickle=recipe.backbone.allow_pickle,
+        )
+        shutil.rmtree(run_dir / CHECKPOINTS)
+    return run_dir / BACKBONE

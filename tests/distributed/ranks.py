@@ -23,9 +23,11 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "free_dist.training.step",
+        "free_dist.training.finetune",
         "free_dist.backbones.embedded",
         # DeepSpeed imports it with the first optimizer, and it brings torch's compiler along: seconds for every rank.
         "deepspeed.runtime.zero.muon.muon_optimizer",
+        "peft",
     ]
 )
 
