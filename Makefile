@@ -1,5 +1,6 @@
 # make quickstart   environment, data, training, evaluation: the whole path on the embedded model
 # make test         lint, types and tests; what .ci/run calls
+# make lavis-env    .venv-lavis: the real salesforce-lavis, against which tests/parity then checks the importer live (1.7 GB)
 # make clean        remove everything that these made; runs other than runs/quickstart stay
 #
 # The environment lies in .venv and is made once; a change of pyproject.toml or constraints.txt updates it.
@@ -17,9 +18,11 @@ TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LAVIS_VENV := .venv-lavis
+LAVIS_PINS := tests/parity/requirements-lavis.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test lint format lavis-env clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -51,6 +54,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install -c constraints.txt -e '.[eval,dev]'
 	touch $@
 
+lavis-env: $(LAVIS_VENV)/.installed
+
+# LAVIS imports spaCy for a lemmatizer that nothing here calls, so an empty module stands in for it.
+$(LAVIS_VENV)/.installed: $(LAVIS_PINS)
+	test -x $(LAVIS_VENV)/bin/python || $(PYTHON) -m venv $(LAVIS_VENV)
+	$(LAVIS_VENV)/bin/pip install "$(TORCH)+cpu" || $(LAVIS_VENV)/bin/pip install "$(TORCH)"
+	$(LAVIS_VENV)/bin/pip install --no-deps -r $(LAVIS_PINS)
+	touch "$$($(LAVIS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/spacy.py"
+	$(LAVIS_VENV)/bin/python -c 'import lavis.models, safetensors'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist free_dist.egg-info .pytest_cache .mypy_cache .ruff_cache data/easyvqa runs/quickstart
+	rm -rf $(VENV) $(LAVIS_VENV) build dist free_dist.egg-info .pytest_cache .mypy_cache .ruff_cache data/easyvqa runs/quickstart
 	find free_dist launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,31 +1,55 @@
 #!/usr/bin/env python
-"""Convert a published data set into WebDataset tar shards with a manifest per split."""
+"""Convert a published data set into WebDataset tar shards with a manifest per split.
+
+python launch/prepare_data.py easyvqa
+python launch/prepare_data.py coco --annotations DIR --images DIR      # LAVIS's annotation files
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from free_dist.config import UserError
 from free_dist.recipe_io import fail_clearly
 
 EPILOG = """A finished split is kept if its shards match the checksums in its manifest, and made again otherwise."""
 
+FROM_LAVIS = ("coco", "vqav2", "nocaps")
+"""Data sets that are converted from the annotation files LAVIS downloads."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
-    parser.add_argument("dataset", choices=["easyvqa"], help="data set to convert; easyvqa comes from its PyPI package")
+    parser.add_argument(
+        "dataset",
+        choices=["easyvqa", *FROM_LAVIS],
+        help="data set to convert; easyvqa comes from its PyPI package, the others from LAVIS's files",
+    )
+    parser.add_argument(
+        "--annotations", type=Path, metavar="DIR", help="LAVIS's JSON files, as coco_karpathy_train.json"
+    )
+    parser.add_argument("--images", type=Path, metavar="DIR", help="what the image paths in them are relative to")
     parser.add_argument("--out", type=Path, default=None, help="directory to write (default: data/DATASET)")
     arguments = parser.parse_args()
     with fail_clearly(parser):
-        convert(arguments.dataset, arguments.out or Path("data") / arguments.dataset)
+        root = arguments.out or Path("data") / arguments.dataset
+        convert(arguments.dataset, root, arguments.annotations, arguments.images)
 
 
-def convert(dataset: str, root: Path) -> None:
+def convert(dataset: str, root: Path, annotations: Path | None, images: Path | None) -> None:
     """Write all splits of ``dataset`` under ``root`` and say what they hold."""
-    from free_dist.data import easyvqa
+    if (dataset in FROM_LAVIS) != (annotations is not None) or (annotations is None) != (images is None):
+        raise UserError(
+            f"{dataset}: --annotations and --images go together, with {', '.join(FROM_LAVIS)} and only those"
+        )
+    from free_dist.data import easyvqa, lavis_annotations
 
-    assert dataset == "easyvqa"
-    for manifest in easyvqa.prepare(root):
+    if annotations is None or images is None:
+        manifests = easyvqa.prepare(root)
+    else:
+        manifests = lavis_annotations.prepare(dataset, annotations, images, root)
+    for manifest in manifests:
         print(f"{root / manifest.split}: {manifest.samples} images in {len(manifest.shards)} shards")
 
 

@@ -225,7 +225,6 @@ def _tokenizer(files: LavisFiles) -> PreTrainedTokenizerBase:
         tokenizer.add_special_tokens({"pad_token": special["pad_token"]})
         tokenizer.add_bos_token = True  # makes it put the new opening token, not the stored one, before a text
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
-    tokenizer.image_token = IMAGE_TOKEN
     return tokenizer
 
 
