@@ -234,6 +234,16 @@ def check_recipe(recipe: Recipe) -> None:
     _require(recipe.run_dir != "", "run_dir", recipe.run_dir, "want a directory")
 
 
+def check_rows_per_step(recipe: Recipe, rows: int, distribution: str) -> None:
+    """Raise ConfigError if an optimizer step has another number of ``rows`` than the recipe was made for."""
+    wanted = recipe.training.expected_rows_per_step
+    if wanted not in (None, rows):
+        raise ConfigError(
+            f"training.expected_rows_per_step={wanted}: {distribution} gives {rows} rows per step; change "
+            "train_micro_batch_size_per_gpu or gradient_accumulation_steps there, the number of processes, or this field"
+        )
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The valid name most like ``name``; the last part of a dotted name counts twice, so a forgotten section is found."""
 

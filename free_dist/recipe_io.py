@@ -1,4 +1,4 @@
-"""Recipes on their way in and out: defaults <- YAML file <- dotted overrides; saved copies; the command line's help.
+"""Recipes on their way in and out: defaults <- YAML files <- dotted overrides; saved copies; the command line's help.
 
 OmegaConf converts the values (PyYAML alone would read ``1e-5`` as a string).  Imports no torch.  Does not know what any field
 means: that is ``free_dist.config``.
@@ -43,14 +43,14 @@ class RecipeField:
     is_mapping: bool
 
 
-def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:
-    """Defaults <- YAML file <- overrides such as ``training.max_steps=10``, checked.
+def load_recipe(paths: str | Path | Sequence[str | Path] | None, overrides: Sequence[str] = ()) -> Recipe:
+    """Defaults <- YAML file, or several of which a later one wins <- overrides such as ``training.max_steps=10``, checked.
 
     A mapping given whole (``data.tasks={vqa: 1}``) replaces the default; a dotted key (``data.tasks.caption=0``) changes one
     entry.  Raises ConfigError naming the file or override, the field and the nearest valid name or the wanted type.
     """
     config = OmegaConf.structured(Recipe)
-    if path is not None:
+    for path in [paths] if isinstance(paths, str | Path) else paths or ():
         for name, value in _leaves(_read_yaml(Path(path)), "", str(path)):
             _assign(config, name, value, source=str(path))
     for override in overrides:
@@ -76,7 +76,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, default: str = "bui
     Parse with ``parser.parse_intermixed_args()``, so that overrides may stand before and after flags.
     """
     parser.add_argument(
-        "--config", metavar="FILE", help=f"recipe YAML, such as those in launch/recipes; default: {default}"
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="recipe YAML, such as those in launch/recipes; given twice, the second file's fields win, so that a backbone's "
+        f"and a task's make one recipe; default: {default}",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="recipe fields to change, such as training.max_steps=100"

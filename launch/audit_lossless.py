@@ -47,12 +47,12 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
     disable_progress_bar()
     recipe = load_recipe(arguments.config, arguments.overrides)
     limit = recipe.decoding.max_new_tokens
-    backbone, encoder = load_pretrained(recipe.backbone.path)
+    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
     bank = load_exits(backbone, arguments.exits)
     dtype = getattr(torch, arguments.dtype)
     exact = None
     if dtype != torch.float32:
-        exact, _ = load_pretrained(recipe.backbone.path)
+        exact, _ = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
         backbone.to(dtype)
         bank.to(dtype)
     counts: dict[str, Any] = {}

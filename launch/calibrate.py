@@ -74,7 +74,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
     disable_progress_bar()
     manifest = read_exits_manifest(arguments.exits)
-    backbone, encoder = load_pretrained(recipe.backbone.path)
+    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
     bank = load_exits(backbone, arguments.exits)
     samples = CalibrationSet(backbone, encoder, bank, recipe, arguments.task, loss=arguments.loss)
     if arguments.per_exit:

@@ -66,7 +66,7 @@ def run(
     from free_dist.monitor import log_pictures
 
     disable_progress_bar()
-    backbone, encoder = load_pretrained(recipe.backbone.path)
+    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
     banks = {method: load_exits(backbone, export).to(device) for method, export in directories.items()}
     backbone.to(device)
     rows = evaluate_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=all_gather)

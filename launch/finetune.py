@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from free_dist.config import DataConfig, Recipe
+from free_dist.config import DataConfig, Recipe, check_rows_per_step
 from free_dist.ds_config import read_ds_config
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
 from free_dist.training.stage1_run import check_run, engine_section, write_run
@@ -56,11 +56,10 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> int:
         section = engine_section(recipe, ds_config, world.size)
         check_run(recipe, section)
         torch.distributed.barrier()  # nothing is written until every rank has looked
+        processes = "1 process" if world.size == 1 else f"{world.size} processes"
+        rows = section["train_micro_batch_size_per_gpu"] * section.get("gradient_accumulation_steps", 1) * world.size
+        check_rows_per_step(recipe, rows, f"the distribution on {processes}")
         if world.is_main:
-            rows = (
-                section["train_micro_batch_size_per_gpu"] * section.get("gradient_accumulation_steps", 1) * world.size
-            )
-            processes = "1 process" if world.size == 1 else f"{world.size} processes"
             print(f"{processes} on {world.device.type}, {rows} rows per step", flush=True)
             if recipe.data.root == DataConfig().root:
                 easyvqa.prepare(Path(recipe.data.root))

@@ -79,7 +79,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     )
     exported = read_exits_manifest(arguments.exits).thresholds
     thresholds = exported if arguments.threshold is None else (arguments.threshold,) * len(exported)
-    backbone, encoder = load_pretrained(recipe.backbone.path)
+    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
     bank = load_exits(backbone, arguments.exits)
     counts = training_token_counts(recipe.data, encoder, backbone.vocab_size)
     backbone.to(arguments.device)

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from free_dist.config import EXIT_VARIANTS, UserError
+from free_dist.config import EXIT_VARIANTS, UserError, check_rows_per_step
 from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config
 from free_dist.recipe_io import fail_clearly, load_recipe, positive_integer
 
@@ -321,12 +321,7 @@ def memory(arguments: argparse.Namespace) -> None:
     recipe = load_recipe(arguments.config)
     ds_config = read_ds_config(arguments.ds_config)
     rows = micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * arguments.world
-    wanted = recipe.training.expected_rows_per_step
-    if wanted not in (None, rows):
-        raise UserError(
-            f"training.expected_rows_per_step={wanted}: {arguments.ds_config} on {arguments.world} GPUs gives {rows} rows per "
-            "step; change its gradient_accumulation_steps or --world"
-        )
+    check_rows_per_step(recipe, rows, f"{arguments.ds_config} on {arguments.world} GPUs")
 
     from free_dist.planning.memory import plan_memory
     from free_dist.planning.report import epoch_samples, plan_json, plan_lines

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from free_dist.config import DataConfig, Recipe
+from free_dist.config import DataConfig, Recipe, check_rows_per_step
 from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
 from free_dist.training.runs import refuse_existing_run
@@ -58,9 +58,10 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
     run_dir = Path(recipe.run_dir)
     refuse_existing_run(run_dir)
     with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
+        processes = "1 process" if world.size == 1 else f"{world.size} processes"
+        rows = micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * world.size
+        check_rows_per_step(recipe, rows, f"{ds_config_path} on {processes}")
         if world.is_main:
-            rows = micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * world.size
-            processes = "1 process" if world.size == 1 else f"{world.size} processes"
             print(
                 f"{processes} on {world.device.type}, {rows} rows per step; deepspeed --num_gpus N starts N", flush=True
             )

@@ -20,7 +20,7 @@ FLOORS = (
     {"backbones"},
     {"exits", "losses"},
     {"engines", "decoding", "data", "monitor"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "planning"},
     {"launch"},
 )
 """Rooms from the ground up; a room may import from its own floor and from those below."""

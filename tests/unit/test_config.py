@@ -168,6 +168,9 @@ def test_malformed_override_is_told_clearly(override: str, message: str) -> None
         (["exits.exit_layers=[3,3]"], "exits.exit_layers"),
         (["exits.exit_layers=[6,3]"], "exits.exit_layers"),
         (["exits.init=first"], "exits.init"),
+        (["exits.variant=lorra"], "exits.variant"),
+        (["exits.rank=0"], "exits.rank"),
+        (["exits.bottleneck_size=0"], "exits.bottleneck_size"),
         (["exits.discriminator_hidden_size=0"], "exits.discriminator_hidden_size"),
         (["data.tasks.vqb=1"], "data.tasks='vqb'"),
         (["data.tasks.vqa=-1"], "data.tasks.vqa"),
@@ -256,7 +259,7 @@ def parser_with_recipe() -> argparse.ArgumentParser:
 def test_overrides_may_stand_before_and_after_flags() -> None:
     line = ["training.seed=1", "--config", "r.yaml", "training.max_steps=30", "--ds_config", "d.json", "loss.mode=x"]
     arguments = parser_with_recipe().parse_intermixed_args(line)
-    assert (arguments.config, arguments.ds_config) == ("r.yaml", "d.json")
+    assert (arguments.config, arguments.ds_config) == (["r.yaml"], "d.json")
     assert arguments.overrides == ["training.seed=1", "training.max_steps=30", "loss.mode=x"]
 
 

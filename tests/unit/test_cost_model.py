@@ -105,6 +105,15 @@ def test_a_gate_that_always_opens_costs_itself_and_no_more() -> None:
         assert with_gate == pytest.approx(without + 30.0 * asked)
 
 
+def test_an_exit_that_is_no_block_costs_the_same_however_many_positions_it_was_not_asked_about() -> None:
+    small = replace(costs({1: 0.0}, {1: 1.0, 2: 2.0}), exit_transformer=7.0)
+    setting = ExitSetting(layers=(2,), gate=True)
+    tokens = token_costs(small, setting, [N_BLOCKS, N_BLOCKS, 2], prompt=1)
+    assert [parts["checks"] for parts in tokens] == [30.0, 30.0, 30.0 + 7.0 + 2000.0]
+    with pytest.raises(ConfigError, match="exit_transformer="):
+        replace(FLAT, exit_transformer=-1.0)
+
+
 def test_exits_that_nobody_asks_cost_bookkeeping_alone() -> None:
     script = [N_BLOCKS] * 4
     cut = token_costs(PER_POSITION, ExitSetting(layers=LAYERS, checked=False), script, prompt=3)
@@ -163,11 +172,13 @@ def test_a_fruitless_visit_is_counted_in_blocks() -> None:
     assert visit_cost(unit, ExitSetting(layers=LAYERS)) == pytest.approx((10 + 2000) / 10)
     gated = ExitSetting(layers=LAYERS, head="pruned", gate=True, false_open=0.25)
     assert visit_cost(unit, gated) == pytest.approx((30 + 0.25 * (10 + 200)) / 10)
+    assert visit_cost(replace(unit, exit_transformer=2.0), gated) == pytest.approx((30 + 0.25 * (2 + 200)) / 10)
 
 
 def test_costs_survive_a_file(tmp_path: Path) -> None:
-    save_costs(PER_POSITION, tmp_path / "costs.json")
-    assert load_costs(tmp_path / "costs.json") == PER_POSITION
+    for known in (PER_POSITION, replace(PER_POSITION, exit_transformer=0.125)):
+        save_costs(known, tmp_path / "costs.json")
+        assert load_costs(tmp_path / "costs.json") == known
 
 
 def test_a_file_that_holds_no_costs_is_named(tmp_path: Path) -> None:
