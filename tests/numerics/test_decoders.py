@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from free_dist.backbones import Blip2Backbone, llama_block, t5_block
+from free_dist.backbones import BackboneFeatures, Blip2Backbone, llama_block, t5_block
 from free_dist.config import UserError
 from free_dist.decoding import generate
 from free_dist.exits import ExitBank
 
 CPU = torch.device("cpu")
-DECODER_ONLY = ["opt", "llama", "llama-grouped", "llama-yarn"]
 
 
 @torch.no_grad()
@@ -35,26 +34,33 @@ def test_features_after_every_block_and_logits_equal_hugging_face(case) -> None:
     torch.testing.assert_close(backbone.lm_head(backbone.final_norm(hidden)), logits, **case.tolerance)
 
 
-@pytest.mark.parametrize("case", DECODER_ONLY, indirect=True)
 def test_training_forward_equals_hugging_face_and_gradients_reach_every_weight_of_an_exit(case) -> None:
     states, logits = case.reference(1)
-    ids = torch.tensor([[*case.prompts[1], *case.answer]])
-    features = case.backbone(case.pixels[1:2], torch.tensor([0]), ids, (1, 2))
+    with torch.no_grad():
+        features = training_forward(case)
     for k, ours in enumerate(features.exits, start=1):
         torch.testing.assert_close(ours, states[k], **case.tolerance)
     torch.testing.assert_close(case.backbone.lm_head(features.final), logits, **case.tolerance)
     bank = ExitBank(case.backbone, (1, 2))
-    bank(features.exits).square().sum().backward()
+    bank(features.exits, memory=features.memory, span=features.span).square().sum().backward()
     for name, parameter in bank.transformers.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("kind", DECODER_ONLY)
-def test_exits_can_be_trained_after_the_backbone_has_decoded(make_case, kind: str) -> None:
-    case = make_case(kind)
+def training_forward(case) -> BackboneFeatures:
+    """Exits after blocks 1 and 2, on the second prompt and its answer."""
+    prompt, answer = case.prompts[1], [*case.answer]
+    ids = {"input_ids": torch.tensor([[*prompt, *answer]])}
+    if case.is_t5:
+        ids = {"input_ids": torch.tensor([prompt]), "decoder_ids": torch.tensor([[0, *answer]])}
+    return case.backbone(case.pixels[1:2], torch.tensor([0]), exit_layers=(1, 2), **ids)
+
+
+def test_exits_can_be_trained_after_the_backbone_has_decoded(case) -> None:
     generate(case.backbone, None, case.pixels, case.prompts, max_new_tokens=2)  # in inference mode
-    hidden = torch.randn(1, 5, 32, dtype=torch.float64)
-    ExitBank(case.backbone, (1,))([hidden]).sum().backward()
+    with torch.no_grad():
+        features = training_forward(case)
+    ExitBank(case.backbone, (1, 2))(features.exits, memory=features.memory, span=features.span).sum().backward()
 
 
 def test_greedy_tokens_equal_hugging_face_generate(case) -> None:
@@ -174,10 +180,11 @@ def test_casting_a_llama_does_not_round_its_angles(make_case) -> None:
     assert torch.equal(ours, wanted.bfloat16())
 
 
-def test_training_on_t5_and_decoding_it_in_float16_are_refused_clearly(make_case) -> None:
-    case = make_case("flan-t5")
-    with pytest.raises(UserError, match="T5 backbone run in decoding only"):
-        case.backbone(case.pixels[:1], torch.tensor([0]), torch.tensor([case.prompts[0]]), (1,))
+def test_ids_that_do_not_fit_the_kind_of_model_and_t5_in_float16_are_refused_clearly(make_case) -> None:
+    for kind, more in (("flan-t5", {}), ("opt", {"decoder_ids": torch.tensor([[0]])})):
+        case = make_case(kind)
+        with pytest.raises(ValueError, match="decoder_ids"):
+            case.backbone(case.pixels[:1], torch.tensor([0]), torch.tensor([case.prompts[0]]), (1,), **more)
     with pytest.raises(UserError, match="overflows in float16"):
         make_case("flan-t5", torch.float16)
 

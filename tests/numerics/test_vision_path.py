@@ -11,7 +11,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QForme
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.embedded import resolve_backbone
-from free_dist.backbones.vision_path import encode_patches, run_qformer, supports
+from free_dist.backbones.vision_path import encode_patches, run_qformer, supports_qformer, supports_vision
 from free_dist.config import UserError
 
 QUERIES = 5
@@ -95,13 +95,13 @@ def embedded() -> Blip2ForConditionalGeneration:
 )
 def test_both_towers_equal_hugging_face_in_float64(changes: dict, images: int) -> None:
     model = random_model(**changes)
-    assert supports(model)
+    assert supports_vision(model) and supports_qformer(model)
     assert_lean_equals_reference(model, pixels_for(model, images), atol=1e-10)
 
 
 @pytest.mark.parametrize("images", [1, 4])
 def test_trained_embedded_model_equals_hugging_face_in_float32(embedded, images: int) -> None:
-    assert supports(embedded)
+    assert supports_vision(embedded) and supports_qformer(embedded)
     with torch.inference_mode():
         assert_lean_equals_reference(embedded, pixels_for(embedded, images), atol=1e-5)
 
@@ -168,7 +168,7 @@ def test_wrapped_linear_maps_run_as_modules() -> None:
     layer.self_attn.qkv = nn.Sequential(layer.self_attn.qkv, nn.Tanh())
     layer.mlp.fc2 = nn.Sequential(layer.mlp.fc2, nn.Tanh())
     query_layer.output_query.dense = nn.Sequential(query_layer.output_query.dense, nn.Tanh())
-    assert supports(model)
+    assert supports_vision(model) and supports_qformer(model)
     assert_lean_equals_reference(model, pixels_for(model, 2), atol=1e-10)
 
 
@@ -222,19 +222,19 @@ def take_another_vision_tower(model: Blip2ForConditionalGeneration) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "still_supports"),
     [
-        replace_attention_class,
-        replace_a_norm_class,
-        override_a_leafs_forward,
-        add_an_adapter,
-        let_patches_overlap,
-        choose_another_attention,
-        feed_forward_in_chunks,
-        take_another_vision_tower,
+        (replace_attention_class, supports_qformer),
+        (replace_a_norm_class, supports_vision),
+        (override_a_leafs_forward, supports_vision),
+        (add_an_adapter, supports_vision),
+        (let_patches_overlap, supports_qformer),
+        (choose_another_attention, supports_vision),
+        (feed_forward_in_chunks, supports_vision),
+        (take_another_vision_tower, supports_qformer),
     ],
 )
-def test_a_structure_that_is_not_written_out_is_unsupported(change) -> None:
+def test_a_structure_that_is_not_written_out_is_unsupported_in_its_own_half(change, still_supports) -> None:
     model = random_model()
     change(model)
-    assert not supports(model)
+    assert [half for half in (supports_vision, supports_qformer) if half(model)] == [still_supports]
