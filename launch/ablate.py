@@ -60,7 +60,7 @@ def run(recipe: Recipe, seeds: list[int], ds_config: Path, num_processes: int) -
     from free_dist.evaluation.probe import LENS, probe_exits
     from free_dist.exits.export import load_exits
 
-    backbone, encoder = load_pretrained(recipe.backbone.path)
+    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
     banks = {name: load_exits(backbone, export) for name, export in exports.items()}
     probes = probe_exits(backbone, encoder, banks, recipe)
     table: list[dict[str, object]] = []

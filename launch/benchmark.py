@@ -118,7 +118,7 @@ def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
 
     disable_progress_bar()
     set_verbosity_error()  # it warns of forced lengths at every answer
-    backbone, encoder = load_pretrained(recipe.backbone.path)
+    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
     bank = load_exits(backbone, arguments.exits)
     amounts = QUICK if arguments.quick else Amounts()
     ends = time.monotonic() + QUICK_SECONDS

@@ -61,6 +61,9 @@ from free_dist.config import MissingFileError, UserError
 MAX_NAMED = 20
 """Names that an error lists before it only counts."""
 
+TURN_MARK = "###"
+"""Begins every turn of MiniGPT-4's template."""
+
 VICUNA_SPECIAL_TOKENS = {"pad_token": "[PAD]", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
 """What LAVIS's InstructBLIP makes of a Vicuna tokenizer; the first of them is new."""
 
@@ -239,6 +242,11 @@ def _changed_text_config(stored: Any, kind: str, tokenizer: PreTrainedTokenizerB
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id
+    elif kind == "minigpt4":
+        # MiniGPT-4 was trained to end answers with the mark that opens the next turn, one token in LLaMA's vocabulary.
+        mark = tokenizer.encode(TURN_MARK, add_special_tokens=False)
+        if len(mark) == 1:
+            config.eos_token_id = mark[0]
     return config
 
 

@@ -249,7 +249,9 @@ class SampleEncoder:
         return None if instruction is None else instruction.to(device)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Generated ids -> text, without special tokens."""
+        """Generated ids -> text, without special tokens and the token that ended it, which need not be a special one."""
+        if len(ids) and ids[-1] == self.layout.eos_token_id:
+            ids = ids[:-1]
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def encode_image(self, image: bytes) -> Tensor:

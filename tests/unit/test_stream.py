@@ -172,3 +172,11 @@ def test_any_text_survives_the_tokenizer(tiny_encoder) -> None:
     turns = [Turn(prompt="p", answer=text)]
     ids, _ = tiny_encoder.encode_text(turns)
     assert tiny_encoder.decode(ids[len(tiny_encoder.encode_prompt(turns)) :]) == text
+
+
+def test_the_token_that_ends_an_answer_is_no_part_of_its_text(tiny_encoder: SampleEncoder) -> None:
+    ids = tiny_encoder.tokenizer.encode("a red circle", add_special_tokens=False)
+    layout = replace(tiny_encoder.layout, eos_token_id=ids[-1])  # as BLIP-2's line break: a token like any other
+    encoder = SampleEncoder(tiny_encoder.tokenizer, tiny_encoder.image_processor, layout, tiny_encoder.max_length)
+    assert encoder.decode(ids) == tiny_encoder.decode(ids[:-1]) != tiny_encoder.decode(ids)
+    assert encoder.decode([]) == ""
