@@ -234,13 +234,16 @@ def check_recipe(recipe: Recipe) -> None:
     _require(recipe.run_dir != "", "run_dir", recipe.run_dir, "want a directory")
 
 
-def check_rows_per_step(recipe: Recipe, rows: int, distribution: str) -> None:
-    """Raise ConfigError if an optimizer step has another number of ``rows`` than the recipe was made for."""
+def check_rows_per_step(recipe: Recipe, rows: int, distribution: str, fields: str = "") -> None:
+    """Raise ConfigError if a step has other ``rows`` than the recipe was made for; ``fields``, or a ds_config's, set them."""
     wanted = recipe.training.expected_rows_per_step
     if wanted not in (None, rows):
+        fields = (
+            fields or "train_micro_batch_size_per_gpu or gradient_accumulation_steps there, the number of processes"
+        )
         raise ConfigError(
             f"training.expected_rows_per_step={wanted}: {distribution} gives {rows} rows per step; change "
-            "train_micro_batch_size_per_gpu or gradient_accumulation_steps there, the number of processes, or this field"
+            f"{fields}, or this field"
         )
 
 

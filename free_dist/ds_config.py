@@ -48,6 +48,9 @@ KNOWN_KEYS = frozenset(
 )
 """Top-level DeepSpeed keys a section may hold."""
 
+REPLICATED_SHARE = 0.6
+"""Most of a device's memory that a replicated backbone may take when the choice is ours."""
+
 REFUSED_KEYS = {
     "train_batch_size": "it would change meaning with the number of processes: give train_micro_batch_size_per_gpu and "
     "gradient_accumulation_steps",
@@ -104,6 +107,23 @@ def zero_stage(section: dict[str, Any]) -> int:
     """ZeRO stage of a section; DeepSpeed's default is 0."""
     stage: int = section.get("zero_optimization", {}).get("stage", 0)
     return stage
+
+
+def names_stage(section: dict[str, Any]) -> bool:
+    """Whether a section says itself how it is sharded; a backbone's that does not is placed by its size."""
+    return "stage" in section.get("zero_optimization", {})
+
+
+def with_backbone_stage(ds_config: dict[str, dict[str, Any]], stage: int) -> dict[str, dict[str, Any]]:
+    """The same distribution with the backbone's ZeRO stage written out."""
+    section = ds_config["backbone"]
+    zero = section.get("zero_optimization", {}) | {"stage": stage}
+    return ds_config | {"backbone": section | {"zero_optimization": zero}}
+
+
+def fits(weight_bytes: int, memory_bytes: float) -> bool:
+    """Whether a replicated backbone leaves enough of a device's memory to exits, their optimizer and activations."""
+    return weight_bytes <= REPLICATED_SHARE * memory_bytes
 
 
 def precision(section: dict[str, Any]) -> str:

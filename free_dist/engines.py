@@ -20,14 +20,13 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 
 from free_dist.config import UserError
 from free_dist.distributed import all_true, world_size
-from free_dist.ds_config import needs_frozen_copy, precision, zero_stage
+from free_dist.ds_config import fits, names_stage, needs_frozen_copy, precision, with_backbone_stage, zero_stage
 
 __all__ = [
     "Engines",
     "build_engines",
     "build_single_engine",
     "device_memory",
-    "fits",
     "frozen",
     "full_shape",
     "gathered",
@@ -37,9 +36,6 @@ __all__ = [
     "sharded_loading",
     "trained_weights",
 ]
-
-REPLICATED_SHARE = 0.6
-"""Most of a device's memory that a replicated backbone may take when the choice is ours."""
 
 
 @dataclass(kw_only=True)
@@ -170,9 +166,8 @@ def place_backbone(
     precision, leave room on every rank's device, and 3 (sharded) elsewhere.  Raises UserError when weights cannot fit at all.
     """
     section, memory, size = ds_config["backbone"], device_memory(device), world_size()
-    stage = section.get("zero_optimization", {}).get("stage")
-    if stage is None:
-        stage = 0 if all_true(fits(weight_bytes, memory), device) else 3
+    replicated = zero_stage(section) == 0 if names_stage(section) else all_true(fits(weight_bytes, memory), device)
+    stage = 0 if replicated else 3
     needed = weight_bytes if stage == 0 else -(-weight_bytes // size)
     # Every rank must know of one rank's failure: the others would wait for it in the next collective.
     if not all_true(needed <= memory, device):
@@ -185,14 +180,7 @@ def place_backbone(
             f"--ds_config, section 'backbone': zero_optimization.stage {stage} on {size} process{'es' * (size > 1)} puts "
             f"{needed / 1e9:.1f} GB of weights on a device of {memory / 1e9:.1f} GB: {advice} or take a smaller backbone"
         )
-    return ds_config | {
-        "backbone": section | {"zero_optimization": section.get("zero_optimization", {}) | {"stage": stage}}
-    }
-
-
-def fits(weight_bytes: int, memory_bytes: int) -> bool:
-    """Whether a replicated backbone leaves enough of a device's memory to exits, their optimizer and activations."""
-    return weight_bytes <= REPLICATED_SHARE * memory_bytes
+    return with_backbone_stage(ds_config, stage)
 
 
 def device_memory(device: torch.device) -> int:

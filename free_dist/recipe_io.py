@@ -89,6 +89,17 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, default: str = "bui
     parser.epilog = "\n\n".join(part for part in (parser.epilog, recipe_help()) if part)
 
 
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags ``--device`` and ``--dtype``: where a frozen model runs, and in which type."""
+    parser.add_argument(
+        "--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "auto"), default="float32",
+        help="type of the model's weights; auto is the checkpoint's own (default: %(default)s)",
+    )  # fmt: skip
+
+
 def positive_integer(text: str) -> int:
     """A command-line value of at least 1; argparse shows the error."""
     value = int(text)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from free_dist.config import Recipe
-from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.recipe_io import add_device_arguments, add_recipe_arguments, fail_clearly, load_recipe
 from free_dist.training.runs import add_launch_arguments, train_once
 
 LAUNCH = Path(__file__).resolve().parent
@@ -25,15 +25,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_launch_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
+    add_device_arguments(parser)
     add_recipe_arguments(parser, default="launch/recipes/ablation.yaml")
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):
         recipe = load_recipe(arguments.config or LAUNCH / "recipes" / "ablation.yaml", arguments.overrides)
-        run(recipe, arguments.seeds, arguments.ds_config, arguments.num_gpus)
+        run(
+            recipe, arguments.seeds, arguments.ds_config, arguments.num_gpus, device=arguments.device, dtype=arguments.dtype
+        )  # fmt: skip
 
 
-def run(recipe: Recipe, seeds: list[int], ds_config: Path, num_processes: int) -> None:
-    """Train methods x seeds, probe them all at once, write ``ablation.json`` and print the table."""
+def run(
+    recipe: Recipe,
+    seeds: list[int],
+    ds_config: Path,
+    num_processes: int,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> None:
+    """Train methods x seeds, probe them all at once on ``device``, write ``ablation.json`` and print the table."""
     from free_dist.backbones.embedded import resolve_backbone
 
     exports: dict[str, Path] = {}
@@ -56,11 +67,11 @@ def run(recipe: Recipe, seeds: list[int], ds_config: Path, num_processes: int) -
             )
 
     from free_dist.atomic import write_atomically
-    from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.pretrained import load_for_inference
     from free_dist.evaluation.probe import LENS, probe_exits
     from free_dist.exits.export import load_exits
 
-    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
+    backbone, encoder = load_for_inference(recipe.backbone, device=device, dtype=dtype)
     banks = {name: load_exits(backbone, export) for name, export in exports.items()}
     probes = probe_exits(backbone, encoder, banks, recipe)
     table: list[dict[str, object]] = []

@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=tasks, default=TASKS, metavar="TASK,...", help="default: all of %(default)s")
     parser.add_argument("--threshold", type=float, default=0.5, help="of drafts (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--device", default="cpu", help="where the models run: cpu, cuda, cuda:1 (default: %(default)s)"
+    )
     parser.add_argument("--samples", type=int, default=0, help="per task; 0 for all (default)")
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
@@ -38,7 +41,7 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
 
-    from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.pretrained import load_for_inference
     from free_dist.data.stream import split_samples
     from free_dist.decoding import generate
     from free_dist.evaluation.benchmark import hf_generate
@@ -47,12 +50,12 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
     disable_progress_bar()
     recipe = load_recipe(arguments.config, arguments.overrides)
     limit = recipe.decoding.max_new_tokens
-    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
+    backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device)
     bank = load_exits(backbone, arguments.exits)
     dtype = getattr(torch, arguments.dtype)
     exact = None
     if dtype != torch.float32:
-        exact, _ = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
+        exact, _ = load_for_inference(recipe.backbone, device=arguments.device)
         backbone.to(dtype)
         bank.to(dtype)
     counts: dict[str, Any] = {}
@@ -61,7 +64,7 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
         samples = split_samples(recipe.data, recipe.evaluation.split, task, max_samples=arguments.samples)
         same = drafted = accepted = 0
         for i, sample in enumerate(tqdm(samples, desc=task, unit="sample", mininterval=5.0)):
-            pixels = encoder.encode_image(sample.image)[None].to(dtype)
+            pixels = encoder.encode_image(sample.image)[None].to(arguments.device, dtype)
             ids = encoder.encode_prompt(sample.turns)
             told = encoder.encode_instruction(sample.turns, pixels.device)
             settings: dict[str, Any] = {"thresholds": arguments.threshold, "max_new_tokens": limit}
@@ -76,9 +79,10 @@ def audit(arguments: argparse.Namespace) -> dict[str, Any]:
             assert place is not None, "answers that end alike are as long as each other"
             judge = backbone if exact is None else exact
             start = backbone.layout.decoder_start_token_id
-            row = torch.tensor([[*(ids if start is None else [start]), *theirs[:place]]])
-            read = {"input_ids": row} if start is None else {"input_ids": torch.tensor([ids]), "decoder_ids": row}
-            image = torch.zeros(1, dtype=torch.long)
+            row = torch.tensor([[*(ids if start is None else [start]), *theirs[:place]]], device=pixels.device)
+            encoded = torch.tensor([ids], device=pixels.device)
+            read = {"input_ids": row} if start is None else {"input_ids": encoded, "decoder_ids": row}
+            image = torch.zeros(1, dtype=torch.long, device=pixels.device)
             features = judge(pixels.float(), image, exit_layers=(), instruction=told, **read).final[:, -1]
             logits = judge.lm_head(features)[0]
             gap = float(logits[theirs[place]] - logits[ours.tokens[place]])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from free_dist.config import EXIT_VARIANTS, RUNNERS, TASKS, MissingFileError, UserError
-from free_dist.recipe_io import fail_clearly, load_recipe
+from free_dist.recipe_io import add_device_arguments, fail_clearly, load_recipe
 
 if TYPE_CHECKING:
     from free_dist.backbones import Backbone
@@ -80,6 +80,7 @@ def main() -> None:
         metavar="SHARE",
         help="shape preset: share of fruitless visits that a gate lets through (default: %(default)s)",
     )
+    add_device_arguments(parser)
     parser.add_argument("--save-costs", type=Path, metavar="FILE", help="write the measured costs for launch/plan.py")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields, such as data.root=DIR")
     arguments = parser.parse_intermixed_args()
@@ -106,7 +107,7 @@ def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.pretrained import load_for_inference
     from free_dist.decoding.runners import make_runner
     from free_dist.evaluation.cost_model import ExitSetting, save_costs, visit_cost
     from free_dist.evaluation.int8 import int8_copy
@@ -118,7 +119,7 @@ def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
 
     disable_progress_bar()
     set_verbosity_error()  # it warns of forced lengths at every answer
-    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
+    backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
     bank = load_exits(backbone, arguments.exits)
     amounts = QUICK if arguments.quick else Amounts()
     ends = time.monotonic() + QUICK_SECONDS

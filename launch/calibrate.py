@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from free_dist.config import TASKS, ConfigError, MissingFileError, Recipe
-from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, positive_integer
+from free_dist.recipe_io import (
+    add_device_arguments,
+    add_recipe_arguments,
+    fail_clearly,
+    load_recipe,
+    positive_integer,
+)
 
 if TYPE_CHECKING:
     from free_dist.decoding.calibrate import Decision
@@ -48,6 +54,7 @@ def main() -> None:
         "--resplits", type=positive_integer, metavar="COUNT",
         help="then repeat the calibration on so many fresh draws from the same losses and count broken promises",
     )  # fmt: skip
+    add_device_arguments(parser)
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):
@@ -67,14 +74,14 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """Calibrate, write the file and print the table."""
     from transformers.utils.logging import disable_progress_bar
 
-    from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.pretrained import load_for_inference
     from free_dist.decoding.calibrate import calibrate
     from free_dist.evaluation.calibration import OFF, CalibrationSet, write_calibration
     from free_dist.exits.export import load_exits, read_exits_manifest
 
     disable_progress_bar()
     manifest = read_exits_manifest(arguments.exits)
-    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
+    backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
     bank = load_exits(backbone, arguments.exits)
     samples = CalibrationSet(backbone, encoder, bank, recipe, arguments.task, loss=arguments.loss)
     if arguments.per_exit:

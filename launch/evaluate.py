@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from free_dist.config import Recipe
-from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.recipe_io import add_device_arguments, add_recipe_arguments, fail_clearly, load_recipe
 
 if TYPE_CHECKING:
     from free_dist.evaluation.report import ReportPaths
@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--exits", type=Path, required=True, metavar="DIR", help="exits.safetensors and exits.json")
     parser.add_argument("--exits-ce", type=Path, metavar="DIR", help="exits trained without discriminators, to compare")
+    add_device_arguments(parser)
     add_recipe_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     arguments = parser.parse_intermixed_args()
@@ -30,14 +31,17 @@ def main() -> None:
     with fail_clearly(parser):
         recipe = load_recipe(arguments.config, arguments.overrides)
         if "RANK" not in os.environ:
-            paths = run(recipe, directories)
+            paths = run(recipe, directories, device=arguments.device, dtype=arguments.dtype)
             if paths is not None:
                 show(paths)
             return
         from free_dist.distributed import distributed_session
 
         with distributed_session() as world:
-            paths = run(recipe, directories, rank=world.rank, world_size=world.size, device=str(world.device))
+            paths = run(
+                recipe, directories, rank=world.rank, world_size=world.size, device=str(world.device),
+                dtype=arguments.dtype,
+            )  # fmt: skip
             if paths is not None:
                 show(paths)
 
@@ -50,14 +54,15 @@ def run(
     rank: int = 0,
     world_size: int = 1,
     device: str = "cpu",
+    dtype: str = "float32",
 ) -> ReportPaths | None:
     """Evaluate the exits in ``directories`` (method name -> export) and let rank 0 write the report.
 
-    ``labels``: method name -> what it is called in the plots' legends.
+    ``labels``: method name -> what it is called in the plots' legends.  ``dtype``: of backbone and exits.
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.pretrained import load_for_inference
     from free_dist.distributed import all_gather
     from free_dist.evaluation.evaluate import evaluate_exits
     from free_dist.evaluation.probe import probe_exits
@@ -66,9 +71,8 @@ def run(
     from free_dist.monitor import log_pictures
 
     disable_progress_bar()
-    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
-    banks = {method: load_exits(backbone, export).to(device) for method, export in directories.items()}
-    backbone.to(device)
+    backbone, encoder = load_for_inference(recipe.backbone, device=device, dtype=dtype)
+    banks = {method: load_exits(backbone, export) for method, export in directories.items()}
     rows = evaluate_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=all_gather)
     probes = probe_exits(backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=all_gather)
     if rank != 0:

@@ -58,7 +58,10 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> int:
         torch.distributed.barrier()  # nothing is written until every rank has looked
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
         rows = section["train_micro_batch_size_per_gpu"] * section.get("gradient_accumulation_steps", 1) * world.size
-        check_rows_per_step(recipe, rows, f"the distribution on {processes}")
+        if ds_config is None:
+            check_rows_per_step(recipe, rows, "without --ds_config, finetune.batch_size", fields="finetune.batch_size")
+        else:
+            check_rows_per_step(recipe, rows, f"the distribution on {processes}")
         if world.is_main:
             print(f"{processes} on {world.device.type}, {rows} rows per step", flush=True)
             if recipe.data.root == DataConfig().root:

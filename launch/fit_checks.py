@@ -66,7 +66,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """Collect rows, fit, save, print."""
     from transformers.utils.logging import disable_progress_bar
 
-    from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.pretrained import load_for_inference
     from free_dist.exits.check_files import MANIFEST, WEIGHTS, save_checks
     from free_dist.exits.check_fitting import CHOOSE, MEASURE, FitSettings, fit_checks
     from free_dist.exits.check_replay import ask_all, measure, with_positions
@@ -79,11 +79,9 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     )
     exported = read_exits_manifest(arguments.exits).thresholds
     thresholds = exported if arguments.threshold is None else (arguments.threshold,) * len(exported)
-    backbone, encoder = load_pretrained(recipe.backbone.path, allow_pickle=recipe.backbone.allow_pickle)
+    backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device)
     bank = load_exits(backbone, arguments.exits)
     counts = training_token_counts(recipe.data, encoder, backbone.vocab_size)
-    backbone.to(arguments.device)
-    bank.to(arguments.device)
     rows = collect_rows(
         backbone, encoder, bank, recipe.data, samples_per_task=arguments.samples, seed=recipe.training.seed
     )

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -24,13 +24,14 @@ from free_dist.config import (
     EXIT_HEADS,
     POLICY_NAMES,
     TASKS,
+    BackboneConfig,
     ConfigError,
     DataConfig,
     DecodingConfig,
     MissingFileError,
     UserError,
 )
-from free_dist.recipe_io import fail_clearly, positive_integer
+from free_dist.recipe_io import add_device_arguments, fail_clearly, positive_integer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from free_dist.data.samples import SampleEncoder
     from free_dist.decoding.pipeline import Answer
     from free_dist.decoding.policy import ExitPolicy
+    from free_dist.exits.manifest import ExitsManifest
 
 DEFAULT_EXITS = Path("runs/quickstart/exits/export")
 EXIT_COLOURS = (
@@ -61,10 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image file (PNG or JPEG)")
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--question", metavar="TEXT", help=f'asked as "{DataConfig.question_prompt}"')
+    prompts.add_argument("--question", metavar="TEXT", help="asked as the exits' training questions were")
     prompts.add_argument("--prompt", metavar="TEXT", help="the whole text before the answer, as it is")
     prompts.add_argument(
-        "--caption", action="store_true", help=f'describe the image: "{DataConfig.caption_prompt} ..."'
+        "--caption", action="store_true", help="describe the image, prompted as in the exits' training"
     )
     parser.add_argument(
         "--exits", type=Path, default=DEFAULT_EXITS, metavar="DIR",
@@ -73,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backbone", default=EMBEDDED_BACKBONE, help="Hugging Face directory, or embedded (default: %(default)s)"
     )
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read pytorch_model.bin where --backbone has no safetensors"
+    )
+    add_device_arguments(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per image and line, nothing else")
     parser.add_argument("--no-color", action="store_true", help="no colours, even on a terminal")
 
@@ -102,8 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument(
-        "--max-new-tokens", type=positive_integer, default=DecodingConfig.max_new_tokens, metavar="TOKENS",
-        help="longest answer (default: %(default)s)",
+        "--max-new-tokens", type=positive_integer, metavar="TOKENS",
+        help=f"longest answer; default: that of the exits' recipe, or {DecodingConfig.max_new_tokens}",
     )  # fmt: skip
     decoding.add_argument(
         "--num-beams",
@@ -171,21 +177,24 @@ def run(arguments: argparse.Namespace) -> None:
     from rich.text import Text
     from transformers.utils.logging import disable_progress_bar
 
-    from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.pretrained import load_for_inference
     from free_dist.decoding.pipeline import GrowingText, answer
     from free_dist.exits.check_files import load_checks
-    from free_dist.exits.export import load_exits
+    from free_dist.exits.export import load_exits, read_exits_manifest
     from free_dist.exits.gate import CheckOptions
 
     disable_progress_bar()
-    policy, note = choose_policy(arguments)
-    backbone, encoder = load_pretrained(arguments.backbone)
+    manifest = read_exits_manifest(arguments.exits)
+    settings = asked_settings(arguments, manifest)
+    policy, note = choose_policy(arguments, manifest, settings)
+    config = BackboneConfig(path=arguments.backbone, allow_pickle=arguments.allow_pickle)
+    backbone, encoder = load_for_inference(config, device=arguments.device, dtype=arguments.dtype)
     bank = load_exits(backbone, arguments.exits)
     checks = None
     if arguments.gate or arguments.exit_head != "full":
         wanted = CheckOptions(gate=arguments.gate, head=arguments.exit_head)
         checks = load_checks(arguments.exits, backbone, bank, wanted)
-    prompt = prompt_text(arguments)
+    prompt = prompt_text(arguments, settings)
     options: dict = {"num_beams": arguments.num_beams, "lossless": arguments.lossless}
     if arguments.do_sample:
         device = next(backbone.parameters()).device
@@ -204,7 +213,7 @@ def run(arguments: argparse.Namespace) -> None:
             options["streamer"] = GrowingText(encoder, lambda text: live.update(Text(text), refresh=True))
         answers = answer(
             backbone, encoder, bank, arguments.images, prompt,
-            thresholds=policy, checks=checks, max_new_tokens=arguments.max_new_tokens, **options,
+            thresholds=policy, checks=checks, max_new_tokens=settings["decoding.max_new_tokens"], **options,
         )  # fmt: skip
     for path, found in zip(arguments.images, answers, strict=True):
         if arguments.json:
@@ -217,12 +226,23 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
 
 
-def choose_policy(arguments: argparse.Namespace) -> tuple[ExitPolicy, str]:
+def asked_settings(arguments: argparse.Namespace, manifest: ExitsManifest) -> dict[str, Any]:
+    """The recipe fields that shape prompts and answers: a flag's, else those the exits were trained with, else defaults."""
+    defaults = {
+        "data.question_prompt": DataConfig.question_prompt,
+        "data.caption_prompt": DataConfig.caption_prompt,
+        "decoding.max_new_tokens": DecodingConfig.max_new_tokens,
+    }
+    asked = {} if arguments.max_new_tokens is None else {"decoding.max_new_tokens": arguments.max_new_tokens}
+    return defaults | manifest.decoding | asked
+
+
+def choose_policy(
+    arguments: argparse.Namespace, manifest: ExitsManifest, settings: Mapping[str, Any]
+) -> tuple[ExitPolicy, str]:
     """The exit policy that the flags ask for, and what is promised about it (empty: nothing)."""
     from free_dist.decoding.policy import make_policy
-    from free_dist.exits.export import read_exits_manifest
 
-    manifest = read_exits_manifest(arguments.exits)
     thresholds: float | tuple[float, ...] = manifest.thresholds
     note = ""
     if arguments.calibrated:
@@ -230,7 +250,7 @@ def choose_policy(arguments: argparse.Namespace) -> tuple[ExitPolicy, str]:
 
         calibration = read_calibration(arguments.exits, arguments.calibrated)
         thresholds = calibration.thresholds
-        if is_covered(arguments, calibration.settings):
+        if is_covered(arguments, settings, calibration.settings):
             note = f"for images like those of the calibration split: {calibration.guarantee}"
         else:
             note = (
@@ -251,24 +271,27 @@ def choose_policy(arguments: argparse.Namespace) -> tuple[ExitPolicy, str]:
     return make_policy(arguments.policy, thresholds, n_exits, patience=patience), note
 
 
-def is_covered(arguments: argparse.Namespace, settings: Mapping[str, object]) -> bool:
-    """Whether a calibration with these ``settings`` speaks of what the flags ask for."""
+def is_covered(arguments: argparse.Namespace, settings: Mapping[str, Any], calibrated: Mapping[str, Any]) -> bool:
+    """Whether a calibration with the settings ``calibrated`` speaks of what is asked for, with ``settings``."""
+
+    def agree(name: str) -> bool:
+        return bool(calibrated[name] == settings[name])
+
     asked = {
-        "vqa": arguments.question is not None and settings["data.question_prompt"] == DataConfig.question_prompt,
-        "caption": arguments.caption and settings["data.caption_prompt"] == DataConfig.caption_prompt,
+        "vqa": arguments.question is not None and agree("data.question_prompt"),
+        "caption": arguments.caption and agree("data.caption_prompt"),
         "dialogue": False,  # one turn is no dialogue
     }
     is_greedy = arguments.num_beams == 1 and not arguments.do_sample
-    is_as_long = settings["decoding.max_new_tokens"] == arguments.max_new_tokens
-    return asked[arguments.calibrated] and is_greedy and is_as_long
+    return asked[arguments.calibrated] and is_greedy and agree("decoding.max_new_tokens")
 
 
-def prompt_text(arguments: argparse.Namespace) -> str:
+def prompt_text(arguments: argparse.Namespace, settings: Mapping[str, Any]) -> str:
     """The whole prompt that the flags ask for."""
     if arguments.caption:
-        return DataConfig.caption_prompt
+        return settings["data.caption_prompt"]
     if arguments.question is not None:
-        return DataConfig.question_prompt.replace("{question}", arguments.question)
+        return settings["data.question_prompt"].replace("{question}", arguments.question)
     return arguments.prompt
 
 

@@ -334,6 +334,7 @@ def memory(arguments: argparse.Namespace) -> None:
         stage=arguments.stage,
         text_tokens=arguments.text_tokens,
         answer_tokens=arguments.answer_tokens,
+        gpu_bytes=arguments.gpu_gb * 1e9,
     )
     found = plan_json(
         plan,

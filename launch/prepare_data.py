@@ -20,7 +20,9 @@ FROM_LAVIS = ("coco", "vqav2", "nocaps")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "dataset",
         choices=["easyvqa", *FROM_LAVIS],

@@ -26,7 +26,10 @@ from free_dist.backbones.base import Backbone, BlockCall, Instruction, SpanT, St
 from free_dist.backbones.decoders import TextDecoder, text_decoder
 from free_dist.backbones.loading import load_model
 from free_dist.backbones.span import LayerCache, Memory, Span
-from free_dist.config import UserError
+from free_dist.config import MissingFileError, UserError
+
+PROBE = "a"
+"""A text that shows what a tokenizer puts around every text, and that it knows any."""
 
 
 class Blip2Backbone(Backbone):
@@ -166,10 +169,29 @@ def _layout(config: Blip2Config | InstructBlipConfig, decoder: TextDecoder) -> T
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer stored with a backbone."""
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    """The tokenizer stored with a backbone, or below it; raises MissingFileError where there is none."""
+    advice = (
+        "copy tokenizer.json, tokenizer_config.json and what else its tokenizer has from where the checkpoint came from"
+    )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MissingFileError(
+            f"backbone.path: {directory} has no tokenizer that loads ({reason}); {advice}"
+        ) from error
+    # Without its files, a tokenizer is made all the same and knows no word.
+    if not tokenizer.encode(PROBE, add_special_tokens=False):
+        raise MissingFileError(f"backbone.path: {directory} has no tokenizer files, or empty ones; {advice}")
+    return tokenizer
 
 
 def load_image_processor(directory: str | Path) -> BlipImageProcessorPil:
-    """The image processor stored with a backbone (PIL; needs no torchvision)."""
-    return BlipImageProcessorPil.from_pretrained(directory, local_files_only=True)
+    """The image processor stored with a backbone (PIL; needs no torchvision); raises MissingFileError where there is none."""
+    try:
+        return BlipImageProcessorPil.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise MissingFileError(
+            f"backbone.path: {directory} has no image processor that loads: copy preprocessor_config.json or "
+            "processor_config.json from where the checkpoint came from"
+        ) from error

@@ -117,7 +117,8 @@ def open_checkpoint(directory: str | Path, *, allow_pickle: bool = False) -> Che
     if not allow_pickle:
         raise UserError(
             f"{pickles[0]} is a pickle, which is read only on request: save the model as safetensors, or set "
-            "backbone.allow_pickle=true (it is then read with weights_only, which runs no code)"
+            "backbone.allow_pickle=true (--allow-pickle of launch/generate.py, allow_pickle=True in Python); it is then read "
+            "with weights_only, which runs no code"
         )
     if pickles[0].suffix == ".json":
         _require_files(pickles[0], set(_weight_map(pickles[0]).values()))

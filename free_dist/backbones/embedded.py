@@ -18,6 +18,7 @@ from transformers import (
     Blip2VisionConfig,
     BlipImageProcessorPil,
     OPTConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -100,17 +101,23 @@ def new_model(
     return model
 
 
-def grown(shallow: Blip2ForConditionalGeneration, n_blocks: int) -> Blip2ForConditionalGeneration:
+def grown(shallow: PreTrainedModel, n_blocks: int) -> Blip2ForConditionalGeneration:
     """A deeper copy: every decoder block becomes ``n_blocks / L`` successive ones, each with that share of its update.
 
     A deep model with a tiny vision tower stays on the question-only plateau for long; a shallow one leaves it within a few
-    hundred steps, and this carries over what it learnt.  Raises UserError unless L divides ``n_blocks``.
+    hundred steps, and this carries over what it learnt.  Raises UserError unless L divides ``n_blocks``, and for a model of
+    another kind than :func:`new_model` makes.
     """
+    text = shallow.config.text_config
+    if not isinstance(shallow, Blip2ForConditionalGeneration) or not isinstance(text, OPTConfig):
+        raise UserError(
+            f"finetune.n_blocks={n_blocks}: finetune.start is a {type(shallow).__name__} with {text.model_type}, and only the "
+            "embedded backbone can be grown; leave finetune.n_blocks out"
+        )
     old = shallow.language_model.model.decoder.layers
     copies, rest = divmod(n_blocks, len(old))
     if rest or copies < 1:
         raise UserError(f"finetune.n_blocks={n_blocks}: not a multiple of the {len(old)} blocks of finetune.start")
-    text = shallow.config.text_config
     deep = new_model(width=text.hidden_size, n_blocks=n_blocks, n_heads=text.num_attention_heads)
     weights = {name: tensor for name, tensor in shallow.state_dict().items() if ".decoder.layers." not in name}
     deep.load_state_dict(weights, strict=False)

@@ -15,9 +15,7 @@ conversions that are published.
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from free_dist.atomic import replaced_directory
 from free_dist.backbones.checkpoint_files import open_checkpoint
 from free_dist.backbones.lavis_config import (
     MINIGPT4_CLOSING,
@@ -272,9 +271,15 @@ def _load_language_model(files: LavisFiles, stored: Any, wanted: Any, trained: M
     except UserError as error:
         raise UserError(f"--language-model {files.language_model}: {error}") from error
     auto = AutoModelForSeq2SeqLM if stored.is_encoder_decoder else AutoModelForCausalLM
-    model, info = auto.from_pretrained(
-        files.language_model, config=stored, dtype="auto", local_files_only=True, output_loading_info=True
-    )
+    try:
+        model, info = auto.from_pretrained(
+            files.language_model, config=stored, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"--language-model {files.language_model} holds more than weights, or is damaged ({_first_line(error)}): "
+            "copy it again"
+        ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(str(name) for name in info[what] if not str(name).endswith(CONSTANTS))
         _refuse(what.partition("_")[0], names, f"--language-model {files.language_model} is not whole")
@@ -314,19 +319,10 @@ def _processor(files: LavisFiles, config: Any, tokenizer: PreTrainedTokenizerBas
 
 
 def _save(model: PreTrainedModel, processor: Any, files: LavisFiles, out: Path) -> None:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        model.save_pretrained(temporary, max_shard_size=files.max_shard_size)
-        processor.save_pretrained(temporary)
-        processor.image_processor.save_pretrained(temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replaced_directory(out) as written:
+        model.save_pretrained(written, max_shard_size=files.max_shard_size)
+        processor.save_pretrained(written)
+        processor.image_processor.save_pretrained(written)
 
 
 def _refuse(what: str, names: Sequence[str], advice: str) -> None:

@@ -67,7 +67,7 @@ def load_model(
     if sharding is not None and checkpoint.tensors is None:
         raise UserError(
             f"backbone.path: {directory} holds a pickle, which cannot be read one tensor at a time: save it as safetensors, or "
-            "set zero_optimization.stage to 0 in section 'backbone' of --ds_config"
+            "choose a zero_optimization.stage other than 3 for it in --ds_config"
         )
     options: dict[str, Any] = {
         "dtype": parse_dtype(dtype),
@@ -83,7 +83,7 @@ def load_model(
     }
     try:
         structure = _check_structure(model_class, checkpoint, options)
-        _check_attention(structure, attn_implementation, options["dtype"])
+        _check_attention(structure, attn_implementation)
         if sharding is None:
             model = model_class.from_pretrained(directory, **options)
         else:
@@ -96,10 +96,11 @@ def load_model(
             model.name_or_path = model.config.name_or_path = str(directory)
             if (directory / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(directory)
-    except (pickle.UnpicklingError, EOFError) as error:
-        raise UserError(
-            f"{directory}/pytorch_model*.bin holds more than weights, or is damaged: {str(error).splitlines()[0]}"
-        ) from error
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        if checkpoint.tensors is not None:
+            raise  # headers were whole, so this is no matter of the files
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{directory}/pytorch_model*.bin holds more than weights, or is damaged: {reason}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -178,7 +179,7 @@ def _check_structure(
     return model
 
 
-def _check_attention(model: PreTrainedModel, attn_implementation: str, dtype: torch.dtype | str) -> None:
+def _check_attention(model: PreTrainedModel, attn_implementation: str) -> None:
     if attn_implementation == "sdpa":
         return
     field = f"backbone.attn_implementation={attn_implementation}"
@@ -186,10 +187,10 @@ def _check_attention(model: PreTrainedModel, attn_implementation: str, dtype: to
         raise UserError(f"{field}: want sdpa or flash_attention_2; the blocks run without a mask, which eager needs")
     if not model.language_model._supports_flash_attn:
         raise UserError(f"{field}: {type(model.language_model).__name__} has none in transformers; want sdpa")
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        raise UserError(f"{field}: computes in bfloat16 or float16 alone: load in one of them, or choose sdpa")
     if not is_flash_attn_2_available():
         raise UserError(f"{field}: needs a GPU and the package flash-attn (pip install flash-attn); or choose sdpa")
-    if dtype == torch.float32:
-        raise UserError(f"{field}: computes in bfloat16 or float16 alone: load in one of them, or choose sdpa")
 
 
 @contextmanager

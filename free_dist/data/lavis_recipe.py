@@ -104,11 +104,12 @@ def read_lavis_recipe(path: Path, *, samples: int | None = None) -> ImportedReci
     """The fields of :func:`import_recipe`, without writing."""
     values = dict(_leaves(_load(path), ""))
     found = ImportedRecipe()
+    processes = int(values.pop("run.world_size", 1))
     task = _task(values, path)
     # These take what they translate out of `values`; what is left at the end has no counterpart.
     _translate_model(values, found)
     used = _translate_data(values, found, task)
-    _translate_length(values, found, ROWS.get(used or "") if samples is None else samples)
+    _translate_length(values, found, processes, ROWS.get(used or "") if samples is None else samples)
     for name, target in DS_CONFIG.items():
         if name in values:
             found.ds_config[target] = values[name]
@@ -116,7 +117,8 @@ def read_lavis_recipe(path: Path, *, samples: int | None = None) -> ImportedReci
         if name in values:
             found.fields[target] = values[name]
     if "finetune.batch_size" in found.fields:
-        found.fields["finetune.batch_size"] *= int(values.get("run.accum_grad_iters", 1))
+        # LAVIS counts per process and micro-batch, the recipe all rows of an optimizer step.
+        found.fields["finetune.batch_size"] *= int(values.get("run.accum_grad_iters", 1)) * processes
     for name in (*DS_CONFIG, *PLAIN):
         values.pop(name, None)
     for name, value in values.items():
@@ -135,7 +137,10 @@ def _load(path: Path) -> Mapping[str, Any]:
     sections = ("model", "datasets", "run")
     if not isinstance(content, DictConfig) or not all(isinstance(content.get(name), DictConfig) for name in sections):
         raise UserError(f"{path}: want the sections {', '.join(sections)}, as in the files of LAVIS's lavis/projects")
-    plain = OmegaConf.to_container(content, resolve=True)
+    try:
+        plain = OmegaConf.to_container(content, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     assert isinstance(plain, dict)
     return {str(name): value for name, value in plain.items()}
 
@@ -190,9 +195,8 @@ def _translate_data(values: dict[str, Any], found: ImportedRecipe, task: str) ->
     return used
 
 
-def _translate_length(values: dict[str, Any], found: ImportedRecipe, samples: int | None) -> None:
+def _translate_length(values: dict[str, Any], found: ImportedRecipe, processes: int, samples: int | None) -> None:
     epochs = values.pop("run.max_epoch", None)
-    processes = int(values.pop("run.world_size", 1))
     if processes > 1:
         found.fields["training.expected_world_size"] = processes
     if epochs is None:

@@ -11,20 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from free_dist.backbones import Blip2Backbone, InstructBlipBackbone, TokenLayout
-from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
+from free_dist.backbones.blip2 import PROBE, load_image_processor, load_tokenizer
 from free_dist.backbones.embedded import resolve_backbone
 from free_dist.backbones.loading import check_vocabulary, load_model, read_config
-from free_dist.config import MissingFileError
+from free_dist.config import BackboneConfig, MissingFileError, UserError
 from free_dist.data.samples import SampleEncoder
 
 ADAPTERS = {adapter.model_type: adapter for adapter in (Blip2Backbone, InstructBlipBackbone)}
 """``model_type`` in config.json -> adapter."""
-
-PROBE = "a"
-"""A text that shows what a tokenizer puts around every text."""
 
 QFORMER_TOKENIZER = "qformer_tokenizer"
 """Directory, below a checkpoint's, of the tokenizer whose ids an InstructBLIP Q-Former reads."""
@@ -61,6 +58,30 @@ def load_pretrained(
     return backbone, encoder
 
 
+def load_for_inference(
+    config: BackboneConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32
+) -> tuple[Blip2Backbone, SampleEncoder]:
+    """What a recipe's ``backbone`` section names, on ``device`` and in ``dtype``, as :func:`load_pretrained` gives it.
+
+    Raises what that raises, and UserError for a device that is not there, or that cannot run the section's attention.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device {device}: want cpu, cuda, or one of several such as cuda:1") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs here")
+    if config.attn_implementation == "flash_attention_2" and place.type != "cuda":
+        raise UserError(
+            f"backbone.attn_implementation=flash_attention_2 needs a GPU, --device is {device}: give --device cuda and --dtype "
+            "bfloat16, or set backbone.attn_implementation=sdpa"
+        )
+    backbone, encoder = load_pretrained(
+        config.path, dtype=dtype, attn_implementation=config.attn_implementation, allow_pickle=config.allow_pickle
+    )
+    return backbone.to(place), encoder
+
+
 def text_layout(layout: TokenLayout, tokenizer: PreTrainedTokenizerBase, config: dict[str, Any]) -> TokenLayout:
     """``layout`` with what a checkpoint's tokenizer and ``config`` (its config.json) say about the ends of a text.
 
@@ -95,7 +116,7 @@ def _qformer_tokenizer(directory: str | Path, backbone: Blip2Backbone) -> PreTra
             f"backbone.path: {path} does not exist: an InstructBLIP checkpoint needs the tokenizer of its Q-Former there, "
             "as InstructBlipProcessor.save_pretrained writes it"
         )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = load_tokenizer(path)
     # Tokenizers are saved without a limit as often as not; what the Q-Former has positions for is the real one.
     limit = backbone.model.config.qformer_config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)

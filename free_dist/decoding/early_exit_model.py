@@ -52,10 +52,12 @@ class EarlyExitModel:
         device: torch.device | str = "cpu",
         checks: CheckOptions | None = None,
         verify: bool = True,
+        allow_pickle: bool = False,
     ) -> EarlyExitModel:
         """The export in ``exits`` on the Hugging Face directory ``backbone`` (None: the embedded one, if it is that).
 
-        ``checks`` switches on what launch/fit_checks.py fitted; ``verify=False`` does not hash the backbone's files.  Raises
+        ``checks`` switches on what launch/fit_checks.py fitted; ``verify=False`` does not hash the backbone's files;
+        ``allow_pickle`` reads ``pytorch_model.bin`` where there are no safetensors, with ``weights_only``.  Raises
         MissingFileError or UserError for files that are missing, damaged, or do not belong together.
         """
         manifest = read_exits_manifest(exits)
@@ -67,7 +69,7 @@ class EarlyExitModel:
                     f"{path}: the exits were trained on {name}: say where its directory is, with backbone="
                 )
             backbone = EMBEDDED_BACKBONE
-        model, encoder = load_pretrained(str(backbone), dtype=dtype)
+        model, encoder = load_pretrained(str(backbone), dtype=dtype, allow_pickle=allow_pickle)
         bank = load_exits(model, exits, verify=verify)
         check_layout(manifest, model, path)
         chosen = None if checks is None else load_checks(exits, model, bank, checks).to(device)

@@ -7,15 +7,13 @@ exits are trained, calibrated or uploaded.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from free_dist.atomic import write_atomically
+from free_dist.atomic import replaced_directory, write_atomically
 from free_dist.backbones.checkpoint_files import read_header
 from free_dist.backbones.checkpoint_hash import FILES_PREFIX, checkpoint_hash
 from free_dist.backbones.embedded import resolve_backbone
@@ -67,7 +65,8 @@ def build_release(
         read_calibration(exits, path.stem.removeprefix("calibration-"))
         for path in sorted(exits.glob("calibration-*.json"))
     ]
-    facts = _verified_facts(exits, old, backbone) if verify else old.backbone
+    allow_pickle = recipe is not None and recipe.backbone.allow_pickle
+    facts = _verified_facts(exits, old, backbone, allow_pickle=allow_pickle) if verify else old.backbone
     if facts is not None and notes.base_model:
         facts = replace(facts, name=notes.base_model)
     extra = old.extra | ({"backbone": Path(str(old.extra["backbone"])).name} if "backbone" in old.extra else {})
@@ -85,9 +84,7 @@ def build_release(
     rows = [] if results is None else _rows(results)
     has_checks = (exits / check_files.MANIFEST).is_file()
     card = model_card(manifest, replace(notes, checks=has_checks, measured=rows))
-    fresh = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    fresh.mkdir(parents=True)
-    try:
+    with replaced_directory(out) as fresh:
         write_atomically(fresh / WEIGHTS, weights)
         if has_checks:
             _copy_checks(exits, fresh)
@@ -96,9 +93,6 @@ def build_release(
         write_atomically(fresh / CARD, card.encode())
         write_atomically(fresh / MANIFEST, manifest.to_json())
         check_release(fresh)
-        _swap(fresh, out)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return manifest
 
 
@@ -113,7 +107,7 @@ def _check_out(exits: Path, out: Path, *, replace_old: bool) -> None:
         raise UserError(f"--out {out} exists and holds no {MANIFEST}: --replace only replaces an export")
 
 
-def _verified_facts(exits: Path, manifest: ExitsManifest, backbone: str) -> BackboneFacts | None:
+def _verified_facts(exits: Path, manifest: ExitsManifest, backbone: str, *, allow_pickle: bool) -> BackboneFacts | None:
     """The facts of the backbone that the exits were trained on, after a look at its files."""
     directory = resolve_backbone(backbone)
     if manifest.backbone is not None and manifest.backbone_hash.startswith(FILES_PREFIX):
@@ -124,7 +118,7 @@ def _verified_facts(exits: Path, manifest: ExitsManifest, backbone: str) -> Back
                 f"{directory} has {found[:18]}: name the checkpoint with --backbone, or skip this with --no-verify"
             )
         return manifest.backbone
-    model, _ = load_pretrained(backbone)
+    model, _ = load_pretrained(backbone, allow_pickle=allow_pickle)
     load_exits(model, exits)
     return BackboneFacts.of(model, directory)
 
@@ -164,12 +158,3 @@ def _rows(results: Path) -> list[dict[str, Any]]:
         return [row.to_json() for row in read_results(results)]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{results} is not a results.json of launch/evaluate.py ({error})") from error
-
-
-def _swap(fresh: Path, out: Path) -> None:
-    """Put ``fresh`` in the place of ``out``, which is whole, old or new, but for the moment between two renames."""
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    if out.exists():
-        out.rename(old)
-    fresh.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

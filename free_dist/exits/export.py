@@ -28,6 +28,7 @@ from free_dist.exits.manifest import (
     ExportError,
     TaskThresholds,
     check_facts,
+    check_layout,
     read_exits_manifest,
 )
 from free_dist.exits.transformer import ExitBank
@@ -99,10 +100,12 @@ def save_exits(
 def load_exits(backbone: Backbone, directory: str | Path, *, verify: bool = True, merged: bool = True) -> ExitBank:
     """An export on the backbone it was trained on -> its bank, frozen, in the backbone's type and device.
 
-    ``verify=False`` does not hash the backbone (0.7 CPU seconds per GB): its shape alone is compared.  ``merged=False`` keeps
-    low-rank updates apart from their blocks, which is the form that was saved and the slower one to decode with.
+    ``verify=False`` does not hash the backbone (0.7 CPU seconds per GB), nor look at how its prompts are laid out: its shape
+    alone is compared.  ``merged=False`` keeps low-rank updates apart from their blocks, which is the form that was saved and
+    the slower one to decode with.
 
-    Raises MissingFileError for a missing file and ExportError for another backbone, a damaged file or wrong shapes.
+    Raises MissingFileError for a missing file and ExportError for another backbone, other prompts, a damaged file or wrong
+    shapes.
     """
     manifest = read_exits_manifest(directory)
     path = Path(directory) / WEIGHTS
@@ -110,6 +113,7 @@ def load_exits(backbone: Backbone, directory: str | Path, *, verify: bool = True
     check_facts(manifest, backbone, path)
     if verify:
         _check_hash(manifest, backbone, path)
+        check_layout(manifest, backbone, path)
     bank = ExitBank(backbone, manifest.exit_layers, variant=manifest.variant, init=manifest.init)
     try:
         tensors = load(weights)

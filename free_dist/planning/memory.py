@@ -20,7 +20,7 @@ from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.published import PUBLISHED_BACKBONES, meta_model
 from free_dist.config import MissingFileError, Recipe, UserError
 from free_dist.data.pretrained import ADAPTERS
-from free_dist.ds_config import needs_frozen_copy, precision
+from free_dist.ds_config import fits, names_stage, needs_frozen_copy, precision, with_backbone_stage
 from free_dist.exits import ExitBank, FeatureClassifiers
 from free_dist.exits.variants import ExitVariant
 from free_dist.planning import dry_steps as steps
@@ -75,14 +75,20 @@ def plan_memory(
     stage: int = 2,
     text_tokens: int | None = None,
     answer_tokens: int | None = None,
+    gpu_bytes: float = 80e9,
 ) -> MemoryPlan:
     """The plan of ``stage`` for a published backbone's name or a Hugging Face directory; reads no weights.
 
+    ``gpu_bytes``, a GPU's memory, decides where a backbone section without a ZeRO stage is placed, as it does in training.
     The two lengths replace those of the published data sets (``workload``).  Raises UserError for an unknown backbone,
     ConfigError for exit layers that it does not have.
     """
     work = workload(recipe.data, ds_config, world_size=world_size, text_tokens=text_tokens, answer_tokens=answer_tokens)
     model = backbone_on_meta(name)
+    if stage == 2 and not names_stage(ds_config["backbone"]):
+        dtype = _dtype(ds_config["backbone"])
+        weight_bytes = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        ds_config = with_backbone_stage(ds_config, 0 if fits(weight_bytes, gpu_bytes) else 3)
     if stage == 1:
         backbone, engines, trained, run = _finetuning(model, recipe, ds_config, work)
         moments = _finetuning_moments(engines["backbone"], run)
@@ -132,7 +138,7 @@ def _exits(
         bank = ExitBank(
             backbone,
             settings.exit_layers,
-            variant=ExitVariant(name=settings.variant, rank=settings.rank, bottleneck_size=settings.bottleneck_size),
+            variant=ExitVariant.from_config(settings),
             init=settings.init,
             copy_frozen=needs_frozen_copy(ds_config),
         )

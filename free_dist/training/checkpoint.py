@@ -8,14 +8,13 @@ the data stream and the random numbers, which are functions of the step.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from free_dist.atomic import write_atomically
+from free_dist.atomic import synchronise, write_atomically
 from free_dist.config import UserError
 from free_dist.distributed import World
 
@@ -42,9 +41,9 @@ def save_checkpoint(directory: Path, engine: DeepSpeedEngine, *, step: int, worl
     torch.distributed.barrier()
     if world.is_main:
         write_atomically(written / MANIFEST, json.dumps({"step": step, "world_size": world.size}).encode())
-        _synchronise(written)
+        synchronise(written)
         written.rename(final)
-        _synchronise(directory)
+        synchronise(directory)
         for other in directory.iterdir():
             if other != final and other.name.startswith(PREFIX):
                 shutil.rmtree(other)
@@ -75,13 +74,3 @@ def load_checkpoint(checkpoint: Path, engine: DeepSpeedEngine, *, world: World) 
     if found is None:
         raise UserError(f"{checkpoint}: its files are incomplete; remove it to start from an older one or anew")
     return int(manifest["step"])
-
-
-def _synchronise(directory: Path) -> None:
-    # A directory's names are synchronised apart from its files' contents.
-    for path in (*directory.rglob("*"), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

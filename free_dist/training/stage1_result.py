@@ -6,13 +6,14 @@ Knows checkpoint directories and names of weights; does not know engines, ranks 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from free_dist.atomic import replaced_directory
 from free_dist.backbones import Blip2Backbone
+from free_dist.backbones.checkpoint_files import open_checkpoint
 from free_dist.backbones.loading import load_model
 from free_dist.config import FinetuneConfig
 from free_dist.data.samples import SampleEncoder
@@ -26,7 +27,7 @@ WEIGHT_INDEX = "*.index.json"
 
 def save_backbone(backbone: Blip2Backbone, encoder: SampleEncoder, directory: Path) -> None:
     """Write model, tokenizer and image processor as one Hugging Face directory, in place of what ``directory`` held."""
-    with replaced(directory) as written:
+    with replaced_directory(directory) as written:
         backbone.model.save_pretrained(written)
         encoder.tokenizer.save_pretrained(written)
         encoder.image_processor.save_pretrained(written)
@@ -43,19 +44,26 @@ def save_trained(
 ) -> None:
     """Write the backbone of ``start`` with trained ``weights`` (name in the model -> float32) into ``directory``.
 
-    Weights that were not trained keep the stored type and value bit by bit, trained ones take the stored type; everything
-    beside the weights is copied.  LoRA is merged; ``adapter`` names a directory for the update by itself, in peft's format.
-    Holds one whole copy of the model on the CPU.
+    Weights that were not trained keep the stored type and value bit by bit, trained ones are rounded to the type that each
+    is stored in; everything beside the weights is copied.  Of a pickle the type is not known before it is read: all weights
+    take the one that config.json states.  LoRA is merged; ``adapter`` names a directory for the update by itself, in peft's
+    format.  Holds one whole copy of the model on the CPU, in float32 if the stored types are several.
     """
-    model = load_model(start, dtype="auto", allow_pickle=allow_pickle)
+    stored = open_checkpoint(start, allow_pickle=allow_pickle).tensors or {}
+    types = {tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point}
+    loaded: torch.dtype | str = next(iter(types), "auto") if len(types) < 2 else torch.float32
+    model = load_model(start, dtype=loaded, allow_pickle=allow_pickle)
     lora = train_parts(model, settings)
     load_trained(model, weights)
     if lora is not None:
         if adapter is not None:
-            with replaced(adapter) as written:
+            with replaced_directory(adapter) as written:
                 lora.save_pretrained(str(written))
         model = lora.merge_and_unload()
-    with replaced(directory) as written:
+    for name, parameter in model.named_parameters():
+        if name in stored:  # some parts of a half-precision model are loaded in float32 all the same
+            parameter.data = parameter.data.to(stored[name].dtype)
+    with replaced_directory(directory) as written:
         model.save_pretrained(written)
         # Copied over what the library wrote: it adds to config.json what it worked out while it loaded.
         for source in companions(start):
@@ -68,20 +76,3 @@ def companions(directory: Path) -> list[Path]:
     """Files of a checkpoint beside its weights, those of nested tokenizers (a Q-Former's) included."""
     found = [path for pattern in COMPANIONS for path in directory.rglob(pattern) if path.is_file()]
     return [path for path in found if not path.match(WEIGHT_INDEX)]
-
-
-@contextmanager
-def replaced(directory: Path) -> Iterator[Path]:
-    """An empty directory to write into, which then takes the place of ``directory``.
-
-    Swapped in by renaming: whoever is interrupted finds a whole directory, at worst the former one under ``NAME.old``.
-    """
-    written, former = (directory.with_name(f"{directory.name}.{suffix}") for suffix in ("tmp", "old"))
-    shutil.rmtree(written, ignore_errors=True)
-    written.mkdir(parents=True)
-    yield written
-    if directory.exists():
-        shutil.rmtree(former, ignore_errors=True)
-        directory.rename(former)
-    written.rename(directory)
-    shutil.rmtree(former, ignore_errors=True)

@@ -22,6 +22,10 @@ BACKBONE = "backbone"
 ADAPTER = "adapter"
 """Directory of the LoRA update by itself, in peft's format."""
 CHECKPOINTS = "checkpoints"
+MADE = "start"
+"""Directory of a backbone that had to be made before stage 1 could start from it."""
+LEARNT = ("log.jsonl", CHECKPOINTS, MADE)
+"""What a run directory holds once something was learnt with the settings beside it."""
 
 SETTINGS = ("backbone", "data", "finetune", "training")
 """Sections of a recipe that decide what stage 1 learns."""
@@ -66,13 +70,18 @@ def engine_section(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None, 
 
 
 def check_run(recipe: Recipe, section: dict[str, Any]) -> None:
-    """Raise UserError unless ``run_dir`` is new or holds an unfinished run of stage 1 with these settings."""
+    """Raise UserError unless ``run_dir`` is new or holds an unfinished run of stage 1 with these settings.
+
+    A run that ended before it learnt anything binds nobody: its settings may be what had to be corrected.
+    """
     run_dir = Path(recipe.run_dir)
     if (run_dir / BACKBONE).exists():
         raise UserError(f"run_dir={run_dir} already holds a finished run: choose another run_dir or remove it")
     if not (run_dir / RECIPE).is_file():
         if (run_dir / "log.jsonl").exists():
             raise UserError(f"run_dir={run_dir} already holds a run without a recipe: choose another run_dir")
+        return
+    if not any((run_dir / name).exists() for name in LEARNT):
         return
     differing = _differences(load_recipe(run_dir / RECIPE), recipe)
     if not differing and (run_dir / DISTRIBUTION).is_file():

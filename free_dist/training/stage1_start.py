@@ -11,14 +11,13 @@ from pathlib import Path
 from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
 from free_dist.backbones.embedded import grown, new_image_processor, new_model, resolve_backbone, train_tokenizer
+from free_dist.backbones.loading import load_model
 from free_dist.config import UNTRAINED_BACKBONE, Recipe
 from free_dist.data.samples import SampleEncoder
 from free_dist.data.stream import corpus
 from free_dist.training.stage1_result import save_backbone
+from free_dist.training.stage1_run import MADE
 from free_dist.training.vision import pretrain_vision
-
-MADE = "start"
-"""Directory, below the run's, of a backbone that had to be made."""
 
 
 def start_directory(recipe: Recipe) -> Path:
@@ -44,9 +43,8 @@ def make_start(recipe: Recipe) -> None:
         image_processor = new_image_processor()
     else:
         former = resolve_backbone(settings.start or recipe.backbone.path)
-        backbone = Blip2Backbone.from_pretrained(former)
-        if settings.n_blocks is not None:
-            backbone = Blip2Backbone(grown(backbone.model, settings.n_blocks))
+        model = load_model(former, allow_pickle=recipe.backbone.allow_pickle)
+        backbone = Blip2Backbone(model if settings.n_blocks is None else grown(model, settings.n_blocks))
         tokenizer, image_processor = load_tokenizer(former), load_image_processor(former)
     encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
     if settings.vision_steps:

@@ -13,19 +13,27 @@ from torch import Tensor
 
 from free_dist.backbones import Backbone
 from free_dist.backbones.checkpoint_files import open_checkpoint
+from free_dist.backbones.checkpoint_hash import has_safetensors
 from free_dist.backbones.embedded import resolve_backbone
-from free_dist.config import ConfigError, Recipe
+from free_dist.config import ConfigError, Recipe, UserError
 from free_dist.data.pretrained import load_pretrained
 from free_dist.data.samples import Batch, Sample, SampleEncoder
+from free_dist.data.shards import ShardError, shard_paths
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.decoding.generate import generate
 from free_dist.distributed import StopFlag, World, all_reduce_mean, all_reduce_sum, seed_everything
-from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, needs_frozen_copy, precision, zero_stage
+from free_dist.ds_config import (
+    fits,
+    gradient_accumulation_steps,
+    micro_batch_size,
+    needs_frozen_copy,
+    precision,
+    zero_stage,
+)
 from free_dist.engines import (
     Engines,
     build_engines,
     device_memory,
-    fits,
     gathered,
     gathered_parameters,
     place_backbone,
@@ -44,6 +52,9 @@ from free_dist.training.step import adversarial_step
 SHOWN_SAMPLES = 4
 """Samples per task whose generated text is logged."""
 
+SAMPLED_SPLIT = "calibration"
+"""Split they are taken from."""
+
 
 class Interrupted(Exception):
     """The run was asked to stop before its last step; what it had learnt was exported."""
@@ -55,6 +66,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     Raises Interrupted after SIGINT or SIGTERM to any rank, on all ranks, with the exits as they were then exported.
     """
     run_dir = Path(recipe.run_dir)
+    _check_samples(recipe)
     seed_everything(recipe.training.seed)
     directory = resolve_backbone(recipe.backbone.path)
     options: dict[str, Any] = {
@@ -62,6 +74,12 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
         "allow_pickle": recipe.backbone.allow_pickle,
     }
     dtype = getattr(torch, precision(ds_config["backbone"]))
+    if dtype != torch.float32 and recipe.backbone.allow_pickle and not has_safetensors(directory):
+        # Exits know such a backbone by its parameters as they were trained on, and inference loads others.
+        raise UserError(
+            f"backbone.path: {directory} holds a pickle, on which exits are trained in float32 alone: convert it to safetensors "
+            "(model.save_pretrained of transformers writes them), or leave bf16 out of section 'backbone' of --ds_config"
+        )
     weight_bytes = open_checkpoint(directory, allow_pickle=recipe.backbone.allow_pickle).nbytes(dtype)
     ds_config = place_backbone(ds_config, weight_bytes, world.device)
     backbone, encoder = load_pretrained(
@@ -72,7 +90,8 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
             f"decoding.max_new_tokens={recipe.decoding.max_new_tokens}: the backbone has {backbone.max_positions} positions, "
             f"{backbone.layout.num_query_tokens} of them for the image"
         )
-    facts = BackboneFacts.of(backbone, resolve_backbone(recipe.backbone.path)) if world.is_main else None
+    facts = BackboneFacts.of(backbone, directory) if world.is_main else None
+    files_sha256 = file_hash(directory) if world.is_main else None
     layers, init = recipe.exits.exit_layers, recipe.exits.init
     check_exit_layers(layers, backbone.n_blocks)
     copied = (backbone.block(init_block(k, init, backbone.n_blocks)) for k in layers)
@@ -148,7 +167,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
                 git_commit=versions.pop("git_commit"),
                 extra={
                     "backbone": recipe.backbone.path,
-                    "backbone_files_sha256": file_hash(resolve_backbone(recipe.backbone.path)),
+                    "backbone_files_sha256": files_sha256,
                     "steps": step,
                     "data": {
                         "set": Path(recipe.data.root).name,
@@ -198,6 +217,19 @@ def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: E
     return values
 
 
+def _check_samples(recipe: Recipe) -> None:
+    """Raise UserError if sample texts are wanted but cannot be made: found later, on rank 0 alone, the others would wait."""
+    if not recipe.training.sample_every:
+        return
+    try:
+        shard_paths(Path(recipe.data.root), SAMPLED_SPLIT)
+    except ShardError as error:
+        raise UserError(
+            f"training.sample_every={recipe.training.sample_every}: sample texts need the {SAMPLED_SPLIT} split of "
+            f"data.root={recipe.data.root} ({error}); add it, or set training.sample_every=0"
+        ) from error
+
+
 def _log_samples(
     monitor: Monitor, step: int, decoder: Backbone, bank: ExitBank, encoder: SampleEncoder, recipe: Recipe
 ) -> None:
@@ -205,7 +237,7 @@ def _log_samples(
     lines = ["| task | prompt | expected | generated | exit after block |", "|---|---|---|---|---|"]
     exits = _decoding_copy(bank, decoder)
     for task in recipe.data.tasks:
-        for sample in split_samples(recipe.data, "calibration", task, max_samples=SHOWN_SAMPLES):
+        for sample in split_samples(recipe.data, SAMPLED_SPLIT, task, max_samples=SHOWN_SAMPLES):
             lines.append(_sample_row(sample, decoder, exits, encoder, recipe))
     monitor.text(step, "samples", "\n".join(lines))
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from easy_vqa import get_test_image_paths
 from huggingface_hub import ModelCard
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from free_dist.backbones.embedded import new_image_processor, train_tokenizer
 from free_dist.config import BackboneConfig, DataConfig, DecodingConfig, Recipe
-from free_dist.data.pretrained import load_pretrained
+from free_dist.data.pretrained import load_for_inference, load_pretrained
 from free_dist.decoding import generate
 from free_dist.decoding.early_exit_model import EarlyExitModel
 from free_dist.decoding.pipeline import answer
@@ -209,6 +209,55 @@ def test_the_prompt_layout_is_compared(checkpoint, released) -> None:
     (released / MANIFEST).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="trained on prompts with opening"):
         EarlyExitModel.from_pretrained(released, checkpoint)
+    backbone, _ = load_pretrained(str(checkpoint))
+    with pytest.raises(ValueError, match="trained on prompts with opening"):
+        load_exits(backbone, released)
+    load_exits(backbone, released, verify=False)
+
+
+def pickled(checkpoint: Path, directory: Path) -> Path:
+    """The same checkpoint with a pickle in the place of safetensors."""
+    shutil.copytree(checkpoint, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(checkpoint / "model.safetensors"), directory / "pytorch_model.bin")
+    return directory
+
+
+def test_exits_of_a_pickle_are_asked_and_released_where_the_pickle_is_allowed(
+    launch, backbone, bank, checkpoint, tmp_path
+) -> None:
+    directory, run = pickled(checkpoint, tmp_path / "pickle"), tmp_path / "run"
+    config = BackboneConfig(path=str(directory), allow_pickle=True)
+    model, _ = load_for_inference(config)
+    save_exits(bank, run / "export", backbone=model, thresholds=0.01)
+    save_recipe(Recipe(run_dir=str(run), backbone=config), run / "recipe.yaml")
+    with pytest.raises(ValueError, match=r"is a pickle.*--allow-pickle.*allow_pickle=True"):
+        EarlyExitModel.from_pretrained(run / "export", directory)
+    found = EarlyExitModel.from_pretrained(run / "export", directory, allow_pickle=True)
+    assert found.bank.exit_layers == bank.exit_layers
+    code, _, told = launch("--run", run, "--out", tmp_path / "out")
+    assert code == 0, told
+    flags = [IMAGES[0], "--caption", "--json", "--exits", run / "export", "--backbone", directory]
+    assert "--allow-pickle" in generate_py(*flags, expect=2)
+    line = json.loads(generate_py(*flags, "--allow-pickle"))
+    assert line["tokens"] == found.caption(IMAGES[0])[0].result.tokens
+
+
+def generate_py(*flags: object, expect: int = 0) -> str:
+    """What launch/generate.py prints, or its complaint."""
+    command = [sys.executable, str(ROOT / "launch" / "generate.py"), *map(str, flags)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == expect, finished.stderr
+    return finished.stderr if expect else finished.stdout
+
+
+def test_generate_answers_in_the_type_that_is_asked_for(checkpoint, released) -> None:
+    flags = [IMAGES[0], "--caption", "--json", "--exits", released, "--backbone", checkpoint, "--threshold", "0.01"]
+    line = json.loads(generate_py(*flags, "--dtype", "bfloat16"))
+    model = EarlyExitModel.from_pretrained(released, checkpoint, dtype=torch.bfloat16)
+    wanted = model.caption(IMAGES[0], thresholds=0.01)[0].result
+    assert line["tokens"] == wanted.tokens
+    assert line["confidences"] == pytest.approx(wanted.confidences)
+    assert line["confidences"] != json.loads(generate_py(*flags))["confidences"]
 
 
 @pytest.mark.parametrize(

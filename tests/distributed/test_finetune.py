@@ -229,6 +229,8 @@ def test_a_run_with_other_settings_is_refused_by_name_and_a_finished_one_too(sta
     check_run(recipe, section)
     check_run(replace(recipe, training=replace(recipe.training, log_every=7)), section)
     other = replace(recipe, finetune=replace(recipe.finetune, lora_rank=3))
+    check_run(other, section)  # nothing was learnt with the former settings, which may not even have loaded
+    (tmp_path / "run" / "log.jsonl").touch()
     with pytest.raises(UserError, match=r"other settings \(finetune.lora_rank is 4 there, 3 here\)"):
         check_run(other, section)
     with pytest.raises(UserError, match="--ds_config: zero_optimization is"):

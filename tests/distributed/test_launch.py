@@ -12,12 +12,17 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.checkpoint_hash import checkpoint_hash
+from free_dist.config import UserError
+from free_dist.distributed import World
 from free_dist.exits.export import backbone_hash, load_exits, read_exits_manifest
+from free_dist.recipe_io import load_recipe
 from free_dist.training.finetune import save_backbone
+from free_dist.training.trainer import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -148,6 +153,24 @@ def test_too_few_processes_are_told_in_one_line(workplace: Path, tiny_root: Path
     assert finished.returncode == 2
     assert "--num_gpus 2" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_rows_that_stage_1_lacks_without_a_distribution_file_are_told_by_the_recipes_field(
+    workplace: Path, tiny_root: Path
+) -> None:
+    changes = overrides(workplace, tiny_root, "rows", training__expected_rows_per_step=256, finetune__batch_size=16)
+    finished = launch([sys.executable, "launch/finetune.py", *changes])
+    assert finished.returncode == 2
+    assert "=256: without --ds_config, finetune.batch_size gives 16 rows per step; change finetune.batch_size, or" in (
+        finished.stderr
+    )
+
+
+def test_sample_texts_without_their_split_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    recipe = load_recipe(None, [f"data.root={tmp_path}", "training.sample_every=100", f"run_dir={tmp_path / 'run'}"])
+    world = World(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=f"training.sample_every=100: .* calibration split of data.root={tmp_path}"):
+        train(recipe, {}, world)
 
 
 def test_ctrl_c_exports_what_was_learnt_and_leaves_no_orphan(workplace: Path, tiny_root: Path) -> None:

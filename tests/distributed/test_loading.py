@@ -20,12 +20,11 @@ from free_dist.config import DataConfig, LossConfig, UserError
 from free_dist.data.pretrained import load_pretrained
 from free_dist.data.samples import Batch, SampleEncoder
 from free_dist.data.stream import split_samples
-from free_dist.ds_config import zero_stage
+from free_dist.ds_config import fits, zero_stage
 from free_dist.engines import (
     REPLICATED_SHARE,
     build_engines,
     device_memory,
-    fits,
     gathered_parameters,
     place_backbone,
     sharded_loading,

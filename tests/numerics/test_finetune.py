@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import Blip2ForConditionalGeneration
 
 from free_dist.backbones import Blip2Backbone
@@ -24,6 +27,7 @@ from free_dist.training.lora import target_pattern
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.stage1_result import save_trained
 from free_dist.training.stage1_run import engine_section, forget_log_after
+from free_dist.training.stage1_start import make_start, start_directory
 from free_dist.training.trained_parts import describe_parts, train_parts
 from free_dist.training.vision import distinctive_answers, pretrain_vision
 
@@ -71,6 +75,68 @@ def test_a_new_lora_changes_nothing_and_a_trained_one_is_merged_exactly(make_cas
     alone.language_projection.load_state_dict(merged.model.language_projection.state_dict())
     adapted = Blip2Backbone(PeftModel.from_pretrained(alone, tmp_path / "adapter").base_model.model.eval())
     torch.testing.assert_close(answer_loss(adapted, batch), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [["projection"], ["projection", "lora"]])
+@pytest.mark.parametrize(
+    ("stated", "head", "rest"),
+    [
+        ("float32", torch.float16, torch.float16),
+        ("float16", torch.float16, torch.float16),
+        ("float16", torch.float32, torch.float16),
+        ("bfloat16", torch.float16, torch.bfloat16),
+    ],
+)
+def test_every_weight_keeps_its_stored_type_whatever_the_configuration_states(
+    make_case, tmp_path: Path, stated: str, head: torch.dtype, rest: torch.dtype, train: list[str]
+) -> None:
+    backbone, start = make_case("flan-t5", torch.float32).backbone, tmp_path / "start"
+    backbone.model.save_pretrained(start)
+    before = {
+        name: weight.to(head if name.startswith(("language_projection.", "qformer.")) else rest)
+        for name, weight in load_file(start / "model.safetensors").items()
+    }
+    save_file(before, start / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((start / "config.json").read_text())
+    (start / "config.json").write_text(json.dumps(config | {"dtype": stated}))
+
+    settings = FinetuneConfig(train=train)
+    train_parts(backbone.model, settings)
+    trained = {name: p.detach() + 0.1 for name, p in backbone.model.named_parameters() if p.requires_grad}
+    save_trained(start, trained, settings, tmp_path / "result")
+    after = load_file(tmp_path / "result" / "model.safetensors")
+    assert after.keys() == before.keys()
+    assert {name for name in before if before[name].dtype != after[name].dtype} == set()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    moved = {name for name in trained if ".lora_" not in name}
+    assert {name for name in changed if "language_model." not in name} == moved
+    assert any("language_model." in name for name in changed) == ("lora" in train)
+    for name in moved:
+        assert torch.equal(after[name], trained[name].to(head))
+
+
+def test_a_start_that_is_a_pickle_is_grown_if_the_recipe_allows_pickles(
+    tiny_backbone, tiny_encoder, tmp_path: Path
+) -> None:
+    start = tmp_path / "start"
+    save_backbone(tiny_backbone, tiny_encoder, start)
+    torch.save(tiny_backbone.model.state_dict(), start / "pytorch_model.bin")
+    (start / "model.safetensors").unlink()
+    recipe = Recipe(
+        run_dir=str(tmp_path / "run"), finetune=FinetuneConfig(start=str(start), n_blocks=2 * tiny_backbone.n_blocks)
+    )
+    with pytest.raises(UserError, match="allow_pickle"):
+        make_start(recipe)
+    make_start(replace(recipe, backbone=replace(recipe.backbone, allow_pickle=True)))
+    assert Blip2Backbone.from_pretrained(start_directory(recipe)).n_blocks == 2 * tiny_backbone.n_blocks
+
+
+@pytest.mark.parametrize("kind", ["llama", "flan-t5"])
+def test_a_start_that_cannot_be_grown_is_refused_by_field(make_case, tmp_path: Path, kind: str) -> None:
+    make_case(kind, torch.float32).backbone.model.save_pretrained(tmp_path / "start")
+    recipe = Recipe(run_dir=str(tmp_path / "run"), finetune=FinetuneConfig(start=str(tmp_path / "start"), n_blocks=6))
+    with pytest.raises(UserError, match=r"finetune\.n_blocks=6: finetune\.start is .* only the embedded backbone"):
+        make_start(recipe)
 
 
 def test_lora_adapts_linear_maps_of_blocks_alone_and_names_what_there_is(make_case) -> None:

@@ -23,8 +23,10 @@ from checkpoints import COMBINATIONS, write_checkpoint
 
 from free_dist.backbones.checkpoint_files import open_checkpoint, read_header
 from free_dist.backbones.loading import check_vocabulary, load_model, read_config
-from free_dist.config import ConfigError, MissingFileError, Recipe, UserError, check_recipe
-from free_dist.data.pretrained import load_pretrained
+from free_dist.config import BackboneConfig, ConfigError, MissingFileError, Recipe, UserError, check_recipe
+from free_dist.data.pretrained import load_for_inference, load_pretrained
+from free_dist.distributed import World
+from free_dist.training.trainer import train
 
 TEXTS = ["what colour is the circle? red", "is there a blue square? yes", "a photo of a red circle"] * 4
 
@@ -217,6 +219,23 @@ def test_a_pickle_is_loaded_only_on_request_and_then_exactly(directory: Path) ->
         assert torch.equal(loaded[name], tensor), name
 
 
+@pytest.mark.parametrize("kept", [0.999, 0.9, 0.5, 0.1, 0.01, 0.0])
+def test_a_truncated_pickle_is_told_in_one_line(directory: Path, kept: float) -> None:
+    as_pickle(directory)
+    path = directory / "pytorch_model.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    fails(directory, "pytorch_model*.bin holds more than weights, or is damaged", allow_pickle=True)
+
+
+def test_exits_are_not_trained_on_a_pickle_in_a_type_that_inference_does_not_load(directory: Path, tmp_path) -> None:
+    as_pickle(directory)
+    recipe = Recipe(run_dir=str(tmp_path), backbone=BackboneConfig(path=str(directory), allow_pickle=True))
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=r"holds a pickle.*convert it to safetensors"):
+        train(recipe, {"backbone": {"bf16": {"enabled": True}}}, world)
+
+
 class Trap:
     """Creates a file when it is unpickled."""
 
@@ -274,6 +293,41 @@ def test_a_tokenizer_larger_than_the_embeddings_is_refused(directory: Path, save
         load_pretrained(str(directory))
 
 
+@pytest.mark.parametrize("names", [("tokenizer.json", "tokenizer_config.json"), ("tokenizer.json",)])
+def test_a_directory_without_its_tokenizer_is_refused(directory: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (directory / name).unlink()
+    with pytest.raises(MissingFileError, match=r"backbone\.path: .*checkpoint has no tokenizer .*copy tokenizer\.json"):
+        load_pretrained(str(directory))
+
+
+def test_a_directory_without_its_image_processor_is_refused(directory: Path) -> None:
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (directory / name).unlink(missing_ok=True)
+    with pytest.raises(MissingFileError, match=r"checkpoint has no image processor .*copy preprocessor_config\.json"):
+        load_pretrained(str(directory))
+
+
+def test_a_q_former_tokenizer_without_its_files_is_refused(saved, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(saved("instructblip-vicuna")[0], tmp_path / "checkpoint"))
+    for path in (directory / "qformer_tokenizer").iterdir():
+        path.unlink()
+    with pytest.raises(MissingFileError, match=r"qformer_tokenizer has no tokenizer"):
+        load_pretrained(str(directory))
+
+
+def test_inference_takes_type_pickle_and_attention_of_the_recipe(directory: Path) -> None:
+    config = BackboneConfig(path=str(directory), attn_implementation="flash_attention_2")
+    with pytest.raises(UserError, match=r"flash_attention_2 needs a GPU, --device is cpu"):
+        load_for_inference(config, dtype="bfloat16")
+    for device in ("nowhere", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {device}: "):
+            load_for_inference(BackboneConfig(path=str(directory)), device=device)
+    as_pickle(directory)
+    backbone, _ = load_for_inference(BackboneConfig(path=str(directory), allow_pickle=True), dtype="bfloat16")
+    assert {parameter.dtype for parameter in backbone.parameters()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_the_tokenizer_of_every_combination_fits_its_embeddings(saved, name: str) -> None:
     directory, model = saved(name)
@@ -287,7 +341,14 @@ def test_attention_that_cannot_run_is_refused_with_the_field(saved) -> None:
     fails(blip2, "backbone.attn_implementation=eager", "want sdpa", attn_implementation="eager")
     fails(flan, "T5ForConditionalGeneration", "want sdpa", attn_implementation="flash_attention_2")
     if not torch.cuda.is_available():
-        fails(blip2, "needs a GPU and the package flash-attn", attn_implementation="flash_attention_2")
+        fails(
+            blip2,
+            "needs a GPU and the package flash-attn",
+            attn_implementation="flash_attention_2",
+            dtype=torch.bfloat16,
+        )
+    for dtype in (torch.float32, "auto"):
+        fails(blip2, "computes in bfloat16 or float16 alone", attn_implementation="flash_attention_2", dtype=dtype)
     recipe = Recipe()
     recipe.backbone.attn_implementation = "eager"
     with pytest.raises(ConfigError, match=re.escape("backbone.attn_implementation='eager'")):

@@ -227,7 +227,7 @@ def test_file_without_tensors_is_refused(tmp_path: Path) -> None:
         read_pth(tmp_path / "absent.pth")
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut off"])
+@pytest.mark.parametrize("damage", ["missing", "cut off", "pickle cut off"])
 def test_damaged_language_model_is_refused(opt: Reference, damage: str, tmp_path: Path) -> None:
     broken = tmp_path / "language_model"
     model, _ = load_language_model(opt)
@@ -236,6 +236,10 @@ def test_damaged_language_model_is_refused(opt: Reference, damage: str, tmp_path
     weights = broken / "model.safetensors"
     if damage == "missing":
         weights.unlink()
+    elif damage == "pickle cut off":
+        weights.unlink()
+        content = (opt.files.language_model / "pytorch_model.bin").read_bytes()
+        (broken / "pytorch_model.bin").write_bytes(content[: len(content) // 2])
     else:
         weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="--language-model"):

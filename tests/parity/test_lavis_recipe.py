@@ -67,7 +67,7 @@ def test_a_captioning_run_becomes_a_recipe_that_loads(tmp_path: Path) -> None:
     assert (recipe.data.root, recipe.data.caption_prompt) == ("data/coco", "a photo of")
     assert recipe.finetune.learning_rate == 1e-5 and isinstance(recipe.finetune.learning_rate, float)
     assert recipe.finetune.train == ["vision", "qformer", "projection"]
-    assert (recipe.finetune.weight_decay, recipe.finetune.batch_size) == (0.05, 32)
+    assert (recipe.finetune.weight_decay, recipe.finetune.batch_size) == (0.05, 16 * 2 * 8)
     assert (recipe.training.seed, recipe.training.warmup_steps, recipe.training.expected_world_size) == (42, 1000, 8)
     assert recipe.training.max_steps == 5 * 566_747 // (16 * 2 * 8)
     assert (recipe.decoding.max_new_tokens, recipe.run_dir) == (30, "output/caption")

@@ -119,7 +119,7 @@ def test_good_flags_get_as_far_as_torch(without_torch) -> None:
 def test_help_shows_no_default_that_is_none(without_torch) -> None:
     code, _, said = without_torch[-1]
     assert code == 0
-    assert "(default: 32)" in said
+    assert "(default: float32)" in said
     assert "default: None" not in said
 
 
@@ -272,6 +272,34 @@ def test_calibrated_thresholds_are_used_and_their_promise_is_made_only_where_it_
     for uncovered in (["--caption", "--max-new-tokens", "16"], ["--caption", "--num-beams", "2"], QUESTION):
         _, said, _ = launch(*flags, *uncovered)
         assert said.splitlines()[-1].startswith("nothing is promised: calibrated for caption prompts, greedy, with")
+
+
+def test_prompts_and_length_are_those_the_exits_were_trained_with(launch, exits: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(exits, tmp_path / "exits")
+    content = json.loads((copied / "exits.json").read_text())
+    content["decoding"] = {
+        "data.question_prompt": "Question: {question} Short answer:", "data.caption_prompt": "a picture of",
+        "decoding.max_new_tokens": 3,
+    }  # fmt: skip
+    (copied / "exits.json").write_text(json.dumps(content))
+    flags = [IMAGES[0], "--exits", str(copied), "--json", "--threshold", "1.1"]
+    asked, described, longer = (
+        json.loads(launch(*flags, *more)[1])
+        for more in (QUESTION, ["--caption"], ["--caption", "--max-new-tokens", "5"])
+    )
+    assert asked["prompt"] == "Question: what color is the shape? Short answer:"
+    assert described["prompt"] == "a picture of"
+    assert (len(described["tokens"]), len(longer["tokens"])) == (3, 5)
+    manifest = read_exits_manifest(copied)
+    calibration = Calibration(
+        format_version=FORMAT_VERSION, task="vqa", method="ltt", loss="harm", epsilon=0.01, delta=0.05,
+        guarantee="the promise", thresholds=(1.1, 0.0), n_images=8, n_samples=8, exit_layers=manifest.exit_layers,
+        backbone_hash=manifest.backbone_hash, weights_sha256=manifest.weights_sha256, settings=content["decoding"],
+        full_quality=1.0, full_cost_per_token=17.6, candidates=(),
+    )  # fmt: skip
+    write_calibration(calibration, copied)
+    _, said, _ = launch(IMAGES[0], "--exits", str(copied), "--calibrated", "vqa", *QUESTION)
+    assert said.splitlines()[-1] == "for images like those of the calibration split: the promise"
 
 
 def test_draws_of_one_seed_are_the_same_and_the_default_seed_is_zero(launch) -> None:

@@ -198,6 +198,13 @@ def test_a_plan_takes_less_than_ten_seconds(opt_plan: tuple[MemoryPlan, float]) 
     assert plan.engines["backbone"].resting == pytest.approx(plan.backbone_bytes, rel=0.01), "replicated, as it fits"
 
 
+def test_a_backbone_without_a_stage_is_planned_where_training_would_place_it() -> None:
+    recipe = Recipe(data=DataConfig(tasks={"vqa": 1.0}))
+    ds_config = read_ds_config(DS_CONFIGS / "eight_gpus_13b.json")
+    plan = plan_memory("instructblip-vicuna-13b", recipe, ds_config, world_size=8, gpu_bytes=40e9)
+    assert plan.engines["backbone"].resting < plan.backbone_bytes / 7, "shared by eight"
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_largest_backbone_on_the_longest_rows_fits_eighty_gigabytes(stage: int) -> None:
     name = "instructblip-vicuna-13b"

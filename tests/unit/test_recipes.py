@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from free_dist.backbones.published import PUBLISHED_BACKBONES, n_language_blocks, published_config
-from free_dist.config import EMBEDDED_BACKBONE, ConfigError, Recipe, check_recipe
+from free_dist.config import EMBEDDED_BACKBONE, ConfigError, Recipe, check_recipe, check_rows_per_step
 from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config, zero_stage
 from free_dist.planning.workload import TRAINING_SAMPLES
 from free_dist.recipe_io import load_recipe
+from free_dist.training.stage1_run import engine_section
 
 REPOSITORY = Path(__file__).parents[2]
 RECIPES = REPOSITORY / "launch" / "recipes"
@@ -53,6 +54,13 @@ def test_rows_per_step_of_a_cluster_are_those_that_every_recipe_is_meant_for(clu
     rows = micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * CLUSTERS[cluster]
     for path in BACKBONES.values():
         assert load_recipe([path]).training.expected_rows_per_step == rows
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_stage_1_of_a_recipe_without_a_distribution_file_has_the_rows_that_the_recipe_is_meant_for(name: str) -> None:
+    recipe = load_recipe([BACKBONES[name]])
+    section = engine_section(recipe, None, world_size=4)
+    check_rows_per_step(recipe, section["train_micro_batch_size_per_gpu"] * 4, "without --ds_config")
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
