@@ -22,7 +22,6 @@ from free_dist.data.samples import Batch, SampleEncoder
 from free_dist.data.stream import split_samples
 from free_dist.ds_config import fits, zero_stage
 from free_dist.engines import (
-    REPLICATED_SHARE,
     build_engines,
     device_memory,
     gathered_parameters,
