@@ -20,7 +20,7 @@ from free_dist.config import DataConfig, LossConfig, UserError
 from free_dist.data.pretrained import load_pretrained
 from free_dist.data.samples import Batch, SampleEncoder
 from free_dist.data.stream import split_samples
-from free_dist.ds_config import fits, zero_stage
+from free_dist.ds_config import REPLICATED_SHARE, fits, zero_stage
 from free_dist.engines import (
     build_engines,
     device_memory,
