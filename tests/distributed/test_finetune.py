@@ -187,8 +187,11 @@ def run_until_killed(size: int, lines: int, recipe: Recipe, *arguments: Any) -> 
     try:
         wait_for_lines(log, lines, lambda: all(process.is_alive() for process in processes))
     finally:
-        for process in processes:
+        for (
+            process
+        ) in processes:  # all before any is waited for: a rank whose peer is gone ends by itself, with another code
             process.kill()
+        for process in processes:
             process.join()
     assert all(process.exitcode == -signal.SIGKILL for process in processes)
 
