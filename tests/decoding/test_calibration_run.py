@@ -184,7 +184,7 @@ def launch(workplace: Path, tiny_root: Path, *flags: str, without_torch: bool = 
         "--exits", str(workplace / "export"), "--task", "dialogue", f"backbone.path={workplace / 'backbone'}",
         f"data.root={tiny_root}", "data.max_turns=3", f"decoding.max_new_tokens={LIMIT}",
     ]  # fmt: skip
-    return subprocess.run([*command, *good, *flags], capture_output=True, text=True, check=False, timeout=180)
+    return subprocess.run([*command, *good, *flags], capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_the_launcher_certifies_writes_beside_the_exits_and_leaves_them_alone(

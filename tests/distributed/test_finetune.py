@@ -288,7 +288,7 @@ def test_the_launcher_goes_on_after_ctrl_c_with_the_same_command(starts, tiny_da
                 if part == "interrupted":
                     wait_for_lines(log, 3, lambda process=process: process.poll() is None)
                     os.killpg(process.pid, signal.SIGINT)
-                code = process.wait(timeout=200)
+                code = process.wait(timeout=600)
             finally:
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)

@@ -64,7 +64,7 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
 
 
-def launch(command: list[object], timeout: int = 180) -> subprocess.CompletedProcess[str]:
+def launch(command: list[object], timeout: int = 600) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(word) for word in command],
         env=environment(),
