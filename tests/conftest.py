@@ -5,12 +5,14 @@ Session-scoped and read-only: a test that trains, moves or patches something mak
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import easy_vqa
 import pytest
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from free_dist.backbones import Blip2Backbone
@@ -23,6 +25,16 @@ from free_dist.data.stream import corpus
 
 TINY_SPLITS = {"train": 24, "calibration": 8, "test": 8}
 """Images in each split of ``tiny_root``; 40 in all."""
+
+
+def pytest_configure() -> None:
+    """One thread here and in every program that a test starts.
+
+    Sums split over threads differ in their last bits from run to run, which is enough where two beams nearly tie and where
+    two processes must agree exactly; and small models run no faster on more.
+    """
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def published_records(split: str, count: int) -> Iterator[Record]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # whatever pytest's import mode, tests import their neighbours
@@ -81,12 +80,3 @@ def checkpoint_named(
 def checkpoint(request: pytest.FixtureRequest, checkpoint_named: Callable[[str], Checkpoint]) -> Checkpoint:
     """Each of the seven combinations; parametrise indirectly for some of them."""
     return checkpoint_named(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums split over threads differ in their last bits from run to run, which is enough where two beams nearly tie."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

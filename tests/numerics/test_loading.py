@@ -23,7 +23,15 @@ from checkpoints import COMBINATIONS, write_checkpoint
 
 from free_dist.backbones.checkpoint_files import open_checkpoint, read_header
 from free_dist.backbones.loading import check_vocabulary, load_model, read_config
-from free_dist.config import BackboneConfig, ConfigError, MissingFileError, Recipe, UserError, check_recipe
+from free_dist.config import (
+    BackboneConfig,
+    ConfigError,
+    MissingFileError,
+    Recipe,
+    TrainingConfig,
+    UserError,
+    check_recipe,
+)
 from free_dist.data.pretrained import load_for_inference, load_pretrained
 from free_dist.distributed import World
 from free_dist.training.trainer import train
@@ -230,7 +238,10 @@ def test_a_truncated_pickle_is_told_in_one_line(directory: Path, kept: float) ->
 
 def test_exits_are_not_trained_on_a_pickle_in_a_type_that_inference_does_not_load(directory: Path, tmp_path) -> None:
     as_pickle(directory)
-    recipe = Recipe(run_dir=str(tmp_path), backbone=BackboneConfig(path=str(directory), allow_pickle=True))
+    training = TrainingConfig(sample_every=0)
+    recipe = Recipe(
+        run_dir=str(tmp_path), backbone=BackboneConfig(path=str(directory), allow_pickle=True), training=training
+    )
     world = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
     with pytest.raises(UserError, match=r"holds a pickle.*convert it to safetensors"):
         train(recipe, {"backbone": {"bf16": {"enabled": True}}}, world)
