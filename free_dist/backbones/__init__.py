@@ -2,6 +2,7 @@
 
 from free_dist.backbones.base import Backbone, BackboneFeatures, Instruction, Start, TokenLayout
 from free_dist.backbones.blip2 import Blip2Backbone
+from free_dist.backbones.feature_lm import FeatureLmBackbone
 from free_dist.backbones.instructblip import InstructBlipBackbone
 from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, RaggedSpan, Span
 
@@ -10,6 +11,7 @@ __all__ = [
     "BackboneFeatures",
     "Blip2Backbone",
     "ContiguousSpan",
+    "FeatureLmBackbone",
     "InstructBlipBackbone",
     "Instruction",
     "LayerCache",

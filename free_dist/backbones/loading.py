@@ -26,9 +26,14 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from free_dist.backbones.checkpoint_files import Checkpoint, StoredTensor, open_checkpoint
+from free_dist.backbones.feature_lm_model import FeatureLm
 from free_dist.config import MissingFileError, UserError
 
-MODEL_CLASSES = {"blip-2": Blip2ForConditionalGeneration, "instructblip": InstructBlipForConditionalGeneration}
+MODEL_CLASSES = {
+    "blip-2": Blip2ForConditionalGeneration,
+    "instructblip": InstructBlipForConditionalGeneration,
+    "feature_lm": FeatureLm,
+}
 """``model_type`` of config.json -> the class that loads it."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

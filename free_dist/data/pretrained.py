@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from free_dist.backbones import Blip2Backbone, InstructBlipBackbone, TokenLayout
+from free_dist.backbones import Blip2Backbone, FeatureLmBackbone, InstructBlipBackbone, TokenLayout
 from free_dist.backbones.blip2 import PROBE, load_image_processor, load_tokenizer
 from free_dist.backbones.embedded import resolve_backbone
 from free_dist.backbones.loading import check_vocabulary, load_model, read_config
 from free_dist.config import BackboneConfig, MissingFileError, UserError
 from free_dist.data.samples import SampleEncoder
 
-ADAPTERS = {adapter.model_type: adapter for adapter in (Blip2Backbone, InstructBlipBackbone)}
+ADAPTERS = {adapter.model_type: adapter for adapter in (Blip2Backbone, InstructBlipBackbone, FeatureLmBackbone)}
 """``model_type`` in config.json -> adapter."""
 
 QFORMER_TOKENIZER = "qformer_tokenizer"
