@@ -86,6 +86,8 @@ class DataConfig:
     """Prompt before a caption."""
     question_prompt: str = "Question: {question} Answer:"
     """Prompt of one question; ``{question}`` is replaced."""
+    visual_cache: str | None = None
+    """Directory of feature maps made by launch/cache_vision.py, read in training instead of pixels; None: pixels."""
 
 
 @dataclass(kw_only=True)
@@ -231,6 +233,8 @@ def check_recipe(recipe: Recipe) -> None:
     _check_training(recipe.training)
     _check_decoding_and_evaluation(recipe.decoding, recipe.evaluation)
     _check_finetune(recipe.finetune)
+    if recipe.data.visual_cache is not None:
+        _check_cached(recipe.finetune)
     _require(recipe.run_dir != "", "run_dir", recipe.run_dir, "want a directory")
 
 
@@ -307,6 +311,7 @@ def _check_data(data: DataConfig) -> None:
         data.question_prompt,
         "only {question} may stand in braces",
     )
+    _require(data.visual_cache != "", "data.visual_cache", data.visual_cache, "want a directory, or null for none")
 
 
 def _check_exits(exits: ExitsConfig) -> None:
@@ -395,4 +400,20 @@ def _check_finetune(finetune: FinetuneConfig) -> None:
         "finetune.keep_adapter",
         finetune.keep_adapter,
         f"finetune.train={trained} has no 'lora', so there is no adapter to keep",
+    )
+
+
+def _check_cached(finetune: FinetuneConfig) -> None:
+    # Feature maps are of the frozen vision network and of unmoved images.
+    _require(
+        not {"vision", "all"} & set(finetune.train),
+        "finetune.train",
+        finetune.train,
+        "data.visual_cache holds what the frozen vision network gave; leave one of the two out",
+    )
+    _require(
+        not finetune.augment_images,
+        "finetune.augment_images",
+        finetune.augment_images,
+        "data.visual_cache holds unmoved images; leave one of the two out",
     )

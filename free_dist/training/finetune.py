@@ -26,6 +26,7 @@ from free_dist.config import Recipe
 from free_dist.data.pretrained import load_pretrained
 from free_dist.data.samples import IGNORE, Batch, Sample, SampleEncoder
 from free_dist.data.stream import global_batches, split_samples
+from free_dist.data.visual_cache import use_visual_cache
 from free_dist.distributed import StopFlag, World, all_reduce_sum, all_true, seed_everything
 from free_dist.ds_config import precision
 from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_loading, trained_weights
@@ -124,6 +125,7 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
         allow_pickle=recipe.backbone.allow_pickle,
         sharding=sharded_loading(section),
     )
+    use_visual_cache(recipe.data, backbone, encoder)
     # Loading draws random numbers, or none, as the ZeRO stage has it; the first LoRA factors are drawn after it.
     seed_everything(recipe.training.seed)
     train_parts(backbone.model, settings)

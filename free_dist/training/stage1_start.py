@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from free_dist.backbones import Blip2Backbone
+from free_dist.backbones import Blip2Backbone, FeatureLmBackbone
 from free_dist.backbones.blip2 import load_image_processor, load_tokenizer
 from free_dist.backbones.embedded import grown, new_image_processor, new_model, resolve_backbone, train_tokenizer
-from free_dist.backbones.loading import load_model
-from free_dist.config import UNTRAINED_BACKBONE, Recipe
+from free_dist.backbones.loading import load_model, read_config
+from free_dist.config import UNTRAINED_BACKBONE, Recipe, UserError
+from free_dist.data.pretrained import load_pretrained
 from free_dist.data.samples import SampleEncoder
 from free_dist.data.stream import corpus
+from free_dist.data.visual_cache import use_visual_cache
+from free_dist.training.connector import pretrain_connector
 from free_dist.training.stage1_result import save_backbone
 from free_dist.training.stage1_run import MADE
 from free_dist.training.vision import pretrain_vision
@@ -43,12 +46,25 @@ def make_start(recipe: Recipe) -> None:
         image_processor = new_image_processor()
     else:
         former = resolve_backbone(settings.start or recipe.backbone.path)
+        if read_config(former).get("model_type") == FeatureLmBackbone.model_type:
+            _make_connected(recipe, former, directory)
+            return
         model = load_model(former, allow_pickle=recipe.backbone.allow_pickle)
         backbone = Blip2Backbone(model if settings.n_blocks is None else grown(model, settings.n_blocks))
         tokenizer, image_processor = load_tokenizer(former), load_image_processor(former)
     encoder = SampleEncoder(tokenizer, image_processor, backbone.layout, backbone.max_positions)
     if settings.vision_steps:
         pretrain_vision(backbone, encoder, recipe, steps=settings.vision_steps)
+    save_backbone(backbone, encoder, directory)
+
+
+def _make_connected(recipe: Recipe, former: Path, directory: Path) -> None:
+    """The backbone of ``former`` with a connector that has learnt words."""
+    if recipe.finetune.n_blocks is not None:
+        raise UserError("finetune.n_blocks: a pretrained language model is not grown; leave the field out")
+    backbone, encoder = load_pretrained(str(former))
+    use_visual_cache(recipe.data, backbone, encoder)
+    pretrain_connector(backbone, encoder, recipe, steps=recipe.finetune.vision_steps)
     save_backbone(backbone, encoder, directory)
 
 

@@ -20,6 +20,7 @@ from free_dist.data.pretrained import load_pretrained
 from free_dist.data.samples import Batch, Sample, SampleEncoder
 from free_dist.data.shards import ShardError, shard_paths
 from free_dist.data.stream import split_samples, training_batches
+from free_dist.data.visual_cache import use_visual_cache
 from free_dist.decoding.generate import generate
 from free_dist.distributed import StopFlag, World, all_reduce_mean, all_reduce_sum, seed_everything
 from free_dist.ds_config import (
@@ -85,6 +86,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     backbone, encoder = load_pretrained(
         recipe.backbone.path, dtype=dtype, sharding=sharded_loading(ds_config["backbone"]), **options
     )
+    use_visual_cache(recipe.data, backbone, encoder)
     if backbone.layout.num_query_tokens + recipe.decoding.max_new_tokens >= backbone.max_positions:
         raise ConfigError(
             f"decoding.max_new_tokens={recipe.decoding.max_new_tokens}: the backbone has {backbone.max_positions} positions, "
