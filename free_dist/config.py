@@ -233,8 +233,10 @@ def check_recipe(recipe: Recipe) -> None:
     _check_training(recipe.training)
     _check_decoding_and_evaluation(recipe.decoding, recipe.evaluation)
     _check_finetune(recipe.finetune)
-    if recipe.data.visual_cache is not None:
-        _check_cached(recipe.finetune)
+    # Feature maps are of the frozen vision network and of unmoved images.
+    moved = recipe.finetune.augment_images or {"vision", "all"} & set(recipe.finetune.train)
+    cache = recipe.data.visual_cache
+    _require(cache is None or not moved, "data.visual_cache", cache, "train no vision part, and do not augment images")
     _require(recipe.run_dir != "", "run_dir", recipe.run_dir, "want a directory")
 
 
@@ -305,12 +307,8 @@ def _check_data(data: DataConfig) -> None:
     _at_least(1, "data.shuffle_buffer", data.shuffle_buffer)
     _require("{question}" in data.question_prompt, "data.question_prompt", data.question_prompt, "lacks {question}")
     bare = data.question_prompt.replace("{question}", "")
-    _require(
-        "{" not in bare and "}" not in bare,
-        "data.question_prompt",
-        data.question_prompt,
-        "only {question} may stand in braces",
-    )
+    only = "only {question} may stand in braces"
+    _require(not {"{", "}"} & set(bare), "data.question_prompt", data.question_prompt, only)
     _require(data.visual_cache != "", "data.visual_cache", data.visual_cache, "want a directory, or null for none")
 
 
@@ -400,20 +398,4 @@ def _check_finetune(finetune: FinetuneConfig) -> None:
         "finetune.keep_adapter",
         finetune.keep_adapter,
         f"finetune.train={trained} has no 'lora', so there is no adapter to keep",
-    )
-
-
-def _check_cached(finetune: FinetuneConfig) -> None:
-    # Feature maps are of the frozen vision network and of unmoved images.
-    _require(
-        not {"vision", "all"} & set(finetune.train),
-        "finetune.train",
-        finetune.train,
-        "data.visual_cache holds what the frozen vision network gave; leave one of the two out",
-    )
-    _require(
-        not finetune.augment_images,
-        "finetune.augment_images",
-        finetune.augment_images,
-        "data.visual_cache holds unmoved images; leave one of the two out",
     )
