@@ -23,7 +23,8 @@ from torch import Tensor
 
 from free_dist.atomic import write_atomically
 from free_dist.backbones import Backbone, FeatureLmBackbone
-from free_dist.backbones.checkpoint_hash import parameters_hash
+from free_dist.backbones.checkpoint_files import open_checkpoint
+from free_dist.backbones.checkpoint_hash import has_safetensors
 from free_dist.config import DataConfig, MissingFileError, UserError
 from free_dist.data.samples import SampleEncoder
 
@@ -88,7 +89,7 @@ def source(backbone: FeatureLmBackbone, encoder: SampleEncoder) -> dict[str, Any
     """What feature maps depend on besides the image."""
     processor = json.loads(encoder.image_processor.to_json_string())
     return {
-        "weights": parameters_hash(backbone.model.vision_model),
+        "weights": _vision_hash(backbone),
         "processor": hashlib.sha256(json.dumps(processor, sort_keys=True).encode()).hexdigest(),
         "shape": list(backbone.feature_shape()),
     }
@@ -127,3 +128,17 @@ def _distinct(images: Iterable[bytes], digests: list[str]) -> Iterator[bytes]:
             seen.add(digest)
             digests.append(digest)
             yield image
+
+
+def _vision_hash(backbone: FeatureLmBackbone) -> str:
+    """sha256 of the vision weights: those of the checkpoint's files where there are any, for a process may hold none."""
+    model = backbone.model
+    stored = None
+    if model.name_or_path and has_safetensors(Path(model.name_or_path)):
+        stored = open_checkpoint(model.name_or_path).tensors
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.vision_model.named_parameters(prefix="vision_model")):
+        tensor = parameter.detach().cpu() if stored is None else stored[name].read()
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
