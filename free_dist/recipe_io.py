@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from free_dist.atomic import write_atomically
-from free_dist.config import ConfigError, Recipe, UserError, check_recipe, nearest
+from free_dist.config import ConfigError, Recipe, UserError, nearest
+from free_dist.recipe_checks import check_recipe
 
 HELP_WIDTH = 100
 """Columns of the field list in ``--help``."""

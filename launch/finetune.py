@@ -18,8 +18,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from free_dist.config import DataConfig, Recipe, check_rows_per_step
+from free_dist.config import DataConfig, Recipe
 from free_dist.ds_config import read_ds_config
+from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
 from free_dist.training.stage1_run import check_run, engine_section, write_run
 

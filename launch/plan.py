@@ -17,8 +17,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from free_dist.config import EXIT_VARIANTS, UserError, check_rows_per_step
+from free_dist.config import EXIT_VARIANTS, UserError
 from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config
+from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import fail_clearly, load_recipe, positive_integer
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from free_dist.config import DataConfig, Recipe, check_rows_per_step
+from free_dist.config import DataConfig, Recipe
 from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config
+from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
 from free_dist.training.runs import refuse_existing_run
 

@@ -30,10 +30,10 @@ from free_dist.config import (
     Recipe,
     TrainingConfig,
     UserError,
-    check_recipe,
 )
 from free_dist.data.pretrained import load_for_inference, load_pretrained
 from free_dist.distributed import World
+from free_dist.recipe_checks import check_recipe
 from free_dist.training.trainer import train
 
 TEXTS = ["what colour is the circle? red", "is there a blue square? yes", "a photo of a red circle"] * 4

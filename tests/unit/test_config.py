@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from free_dist.config import TASKS, ConfigError, Recipe, check_recipe
+from free_dist.config import TASKS, ConfigError, Recipe
 from free_dist.data import samples
+from free_dist.recipe_checks import check_recipe
 from free_dist.recipe_io import (
     add_recipe_arguments,
     fail_clearly,

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from free_dist.backbones.published import PUBLISHED_BACKBONES, n_language_blocks, published_config
-from free_dist.config import EMBEDDED_BACKBONE, ConfigError, Recipe, check_recipe, check_rows_per_step
+from free_dist.config import EMBEDDED_BACKBONE, ConfigError, Recipe
 from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config, zero_stage
 from free_dist.planning.workload import TRAINING_SAMPLES
+from free_dist.recipe_checks import check_recipe, check_rows_per_step
 from free_dist.recipe_io import load_recipe
 from free_dist.training.stage1_run import engine_section
 

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from free_dist.backbones import FeatureLmBackbone
 from free_dist.backbones.efficientnet_lite import EfficientNetLite
 from free_dist.backbones.smollm2 import joined, new_image_processor
-from free_dist.config import ConfigError, DataConfig, FinetuneConfig, MissingFileError, Recipe, UserError, check_recipe
+from free_dist.config import ConfigError, DataConfig, FinetuneConfig, MissingFileError, Recipe, UserError
 from free_dist.data.samples import SampleEncoder
 from free_dist.data.stream import records, training_batches
 from free_dist.data.visual_cache import MAPS, VisualCache, make_cache, use_visual_cache
+from free_dist.recipe_checks import check_recipe
 from free_dist.training.finetune import answer_loss
 
 SIZE = 64

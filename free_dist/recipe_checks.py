@@ -1,0 +1,196 @@
+"""Whether a recipe can be run: every value and every combination of values, before anything is loaded.
+
+Imports neither torch nor anything that knows files, so a mistake in a recipe is told in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import pairwise
+
+from free_dist.config import (
+    ATTENTIONS,
+    EMBEDDED_BACKBONE,
+    EXIT_VARIANTS,
+    FINETUNE_PARTS,
+    TASKS,
+    BackboneConfig,
+    ConfigError,
+    DataConfig,
+    DecodingConfig,
+    EvaluationConfig,
+    ExitsConfig,
+    FinetuneConfig,
+    LossConfig,
+    Recipe,
+    TrainingConfig,
+    nearest,
+)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raise ConfigError, naming the dotted field, unless every value and every combination of values can be run."""
+    _check_backbone(recipe.backbone)
+    _check_data(recipe.data)
+    _check_exits(recipe.exits)
+    _check_loss(recipe.loss)
+    _check_training(recipe.training)
+    _check_decoding_and_evaluation(recipe.decoding, recipe.evaluation)
+    _check_finetune(recipe.finetune)
+    # Feature maps are of the frozen vision network and of unmoved images.
+    moved = recipe.finetune.augment_images or {"vision", "all"} & set(recipe.finetune.train)
+    cache = recipe.data.visual_cache
+    _require(cache is None or not moved, "data.visual_cache", cache, "train no vision part, and do not augment images")
+    _require(recipe.run_dir != "", "run_dir", recipe.run_dir, "want a directory")
+
+
+def check_rows_per_step(recipe: Recipe, rows: int, distribution: str, fields: str = "") -> None:
+    """Raise ConfigError if a step has other ``rows`` than the recipe was made for; ``fields``, or a ds_config's, set them."""
+    wanted = recipe.training.expected_rows_per_step
+    if wanted not in (None, rows):
+        fields = (
+            fields or "train_micro_batch_size_per_gpu or gradient_accumulation_steps there, the number of processes"
+        )
+        raise ConfigError(
+            f"training.expected_rows_per_step={wanted}: {distribution} gives {rows} rows per step; change "
+            f"{fields}, or this field"
+        )
+
+
+def _require(condition: bool, name: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r}: {wanted}")
+
+
+def _one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value not in choices:
+        raise ConfigError(
+            f"{name}={value!r}: want one of {', '.join(choices)}; did you mean {nearest(value, choices)!r}?"
+        )
+
+
+def _at_least(least: int, name: str, value: int) -> None:
+    _require(value >= least, name, value, f"want at least {least}")
+
+
+def _weight(name: str, value: float) -> None:
+    # Written so that NaN fails too.
+    _require(0 <= value < math.inf, name, value, "want a finite number that is not negative")
+
+
+def _positive(name: str, value: float) -> None:
+    _require(0 < value < math.inf, name, value, "want a finite number above 0")
+
+
+def _check_backbone(backbone: BackboneConfig) -> None:
+    _require(backbone.path != "", "backbone.path", backbone.path, f"want a directory, or {EMBEDDED_BACKBONE!r}")
+    _one_of("backbone.attn_implementation", backbone.attn_implementation, ATTENTIONS)
+
+
+def _check_data(data: DataConfig) -> None:
+    _require(data.root != "", "data.root", data.root, "want the directory of the shards")
+    for task, weight in data.tasks.items():
+        _one_of("data.tasks", task, TASKS)
+        _weight(f"data.tasks.{task}", weight)
+    _require(
+        any(data.tasks.values()), "data.tasks", data.tasks, "no task has a weight above 0, so there are no batches"
+    )
+    _at_least(1, "data.questions_per_image", data.questions_per_image)
+    _at_least(1, "data.max_turns", data.max_turns)
+    _at_least(1, "data.shuffle_buffer", data.shuffle_buffer)
+    _require("{question}" in data.question_prompt, "data.question_prompt", data.question_prompt, "lacks {question}")
+    bare = data.question_prompt.replace("{question}", "")
+    only = "only {question} may stand in braces"
+    _require(not {"{", "}"} & set(bare), "data.question_prompt", data.question_prompt, only)
+    _require(data.visual_cache != "", "data.visual_cache", data.visual_cache, "want a directory, or null for none")
+
+
+def _check_exits(exits: ExitsConfig) -> None:
+    layers = exits.exit_layers
+    _require(
+        len(layers) > 0 and layers[0] >= 1 and all(a < b for a, b in pairwise(layers)),
+        "exits.exit_layers",
+        layers,
+        "want at least one block number, the first block being 1, in strictly increasing order",
+    )
+    _one_of("exits.variant", exits.variant, EXIT_VARIANTS)
+    _one_of("exits.init", exits.init, ("same", "next", "last"))
+    _at_least(1, "exits.rank", exits.rank)
+    if exits.bottleneck_size is not None:
+        _at_least(1, "exits.bottleneck_size", exits.bottleneck_size)
+    _at_least(1, "exits.discriminator_hidden_size", exits.discriminator_hidden_size)
+
+
+def _check_loss(loss: LossConfig) -> None:
+    _one_of("loss.mode", loss.mode, ("supervised", "unsupervised"))
+    _one_of("loss.exit_weighting", loss.exit_weighting, ("uniform", "depth"))
+    _weight("loss.task_weight", loss.task_weight)
+    _weight("loss.adversarial_weight", loss.adversarial_weight)
+    _require(
+        loss.task_weight > 0 or loss.adversarial_weight > 0,
+        "loss.task_weight",
+        loss.task_weight,
+        "loss.adversarial_weight is 0 as well, so the exits would learn nothing; set one of the two above 0",
+    )
+    _positive("loss.temperature", loss.temperature)
+
+
+def _check_training(training: TrainingConfig) -> None:
+    _at_least(1, "training.max_steps", training.max_steps)
+    _at_least(1, "training.log_every", training.log_every)
+    _at_least(0, "training.seed", training.seed)
+    _at_least(0, "training.sample_every", training.sample_every)
+    if training.warmup_steps is not None:
+        _at_least(0, "training.warmup_steps", training.warmup_steps)
+        _require(
+            training.warmup_steps <= training.max_steps,
+            "training.warmup_steps",
+            training.warmup_steps,
+            f"longer than training.max_steps={training.max_steps}; lower one or raise the other",
+        )
+    if training.expected_world_size is not None:
+        _at_least(1, "training.expected_world_size", training.expected_world_size)
+    if training.expected_rows_per_step is not None:
+        _at_least(1, "training.expected_rows_per_step", training.expected_rows_per_step)
+
+
+def _check_decoding_and_evaluation(decoding: DecodingConfig, evaluation: EvaluationConfig) -> None:
+    _positive("decoding.confidence_threshold", decoding.confidence_threshold)
+    _at_least(1, "decoding.max_new_tokens", decoding.max_new_tokens)
+    _at_least(0, "evaluation.timing_samples", evaluation.timing_samples)
+    _at_least(0, "evaluation.max_samples", evaluation.max_samples)
+    _one_of("evaluation.split", evaluation.split, ("calibration", "test"))
+    for task in evaluation.tasks:
+        _one_of("evaluation.tasks", task, TASKS)
+    for threshold in evaluation.thresholds:
+        _positive("evaluation.thresholds", threshold)
+    for name, values in (("evaluation.tasks", evaluation.tasks), ("evaluation.thresholds", evaluation.thresholds)):
+        _require(0 < len(values) == len(set(values)), name, values, "want at least one value, and none twice")
+
+
+def _check_finetune(finetune: FinetuneConfig) -> None:
+    _positive("finetune.learning_rate", finetune.learning_rate)
+    _weight("finetune.weight_decay", finetune.weight_decay)
+    _positive("finetune.grad_clip", finetune.grad_clip)
+    _at_least(1, "finetune.batch_size", finetune.batch_size)
+    _at_least(0, "finetune.eval_every", finetune.eval_every)
+    _at_least(1, "finetune.save_every", finetune.save_every)
+    _at_least(0, "finetune.vision_steps", finetune.vision_steps)
+    if finetune.n_blocks is not None:
+        _at_least(1, "finetune.n_blocks", finetune.n_blocks)
+    trained = finetune.train
+    for part in trained:
+        _one_of("finetune.train", part, FINETUNE_PARTS)
+    _require(0 < len(trained) == len(set(trained)), "finetune.train", trained, "want at least one part, and none twice")
+    _require("all" not in trained or len(trained) == 1, "finetune.train", trained, "'all' leaves nothing to add to it")
+    _at_least(1, "finetune.lora_rank", finetune.lora_rank)
+    _at_least(1, "finetune.lora_alpha", finetune.lora_alpha)
+    _require(0 <= finetune.lora_dropout < 1, "finetune.lora_dropout", finetune.lora_dropout, "want 0 <= dropout < 1")
+    _require(
+        "lora" in trained or not finetune.keep_adapter,
+        "finetune.keep_adapter",
+        finetune.keep_adapter,
+        f"finetune.train={trained} has no 'lora', so there is no adapter to keep",
+    )
