@@ -29,14 +29,15 @@ PROBED = 16
 """Elements per tensor that :func:`loaded_from` compares."""
 
 
-def checkpoint_hash(directory: str | Path) -> str:
+def checkpoint_hash(directory: str | Path, *, without: tuple[str, ...] = ()) -> str:
     """``files:`` and the sha256 over name, type, shape and bytes of every stored tensor, in the order of their names.
 
-    Costs one reading of the files and, where the processor has SHA instructions, about 1.5 s per GB and thread; up to eight
-    threads.  Raises MissingFileError or UserError for files that are missing, damaged, or pickles.
+    ``without``: beginnings of the names that do not count.  Costs one reading of the files and, where the processor has SHA
+    instructions, about 1.5 s per GB and thread; up to eight threads.  Raises MissingFileError or UserError for files that are
+    missing, damaged, or pickles.
     """
     stored = _stored(directory)
-    names = sorted(stored)
+    names = sorted(name for name in stored if not name.startswith(without))
     with _opened(stored) as read, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda name: hashlib.sha256(_bytes(read(name))).hexdigest(), names)  # outside Python's lock
         lines = [

@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import html
 import io
+import math
 import re
+import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +30,12 @@ from free_dist.data.shards import Manifest, is_intact, read_manifest, write_spli
 SPLITS = ("train", "calibration", "test")
 PARTS = 20
 """Titles are spread over so many parts by their hash: one is the calibration split, one the test split."""
+
+MOST_PIXELS = 16_000_000
+"""Of a picture that is used; the few larger ones are posters, and cost seconds each time they are decoded."""
+
+PNG_SIZE = struct.Struct(">16xII")
+"""Where a PNG file says its width and height."""
 
 LARGEST = 448
 """Pixels of the longer side of a re-encoded picture; vision networks read no more."""
@@ -98,6 +106,10 @@ def _titled(installed: Path) -> Iterator[Picture]:
         svg = (installed / "svg" / path.relative_to(installed / "png")).with_suffix(".svg")
         if not svg.is_file():
             continue
+        with path.open("rb") as file:
+            header = file.read(PNG_SIZE.size)
+        if len(header) == PNG_SIZE.size and math.prod(PNG_SIZE.unpack(header)) > MOST_PIXELS:
+            continue
         # The first title is the picture's; others are of publisher and artist.
         found = TITLE.search(svg.read_text(encoding="utf-8", errors="replace"))
         title = clean_title(found[1]) if found else None
@@ -109,7 +121,8 @@ def grouped(pictures: Iterator[Picture]) -> dict[str, list[tuple[list[Path], lis
     """Split -> (paths of one picture, its titles) in the order of first paths; titles that share a picture share a split."""
     by_picture: dict[str, list[Picture]] = {}
     for picture in pictures:
-        by_picture.setdefault(hashlib.sha256(picture.path.read_bytes()).hexdigest(), []).append(picture)
+        # By what is kept: files that differ in what lies under transparent pixels are one picture.
+        by_picture.setdefault(hashlib.sha256(on_white(picture.path)).hexdigest(), []).append(picture)
     leader: dict[str, str] = {}
 
     def find(title: str) -> str:

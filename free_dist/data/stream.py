@@ -23,6 +23,8 @@ from free_dist.data.shards import record_from_fields, shard_paths
 def records(root: Path, split: str, *, shuffle: tuple[str, int] | None = None) -> Iterable[Record]:
     """Records of a split, in manifest order, or shuffled by ``(seed, buffer size)``."""
     paths = shard_paths(root, split)
+    if not paths:  # webdataset takes no empty list
+        return ()
     stages: list[object] = []
     if shuffle is not None:
         random.Random(shuffle[0]).shuffle(paths)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from free_dist.atomic import replaced_directory
 from free_dist.backbones import Blip2Backbone
@@ -63,6 +64,11 @@ def save_trained(
     for name, parameter in model.named_parameters():
         if name in stored:  # some parts of a half-precision model are loaded in float32 all the same
             parameter.data = parameter.data.to(stored[name].dtype)
+    write_beside(start, model, directory)
+
+
+def write_beside(start: Path, model: PreTrainedModel, directory: Path) -> None:
+    """Write ``model``, made of the checkpoint ``start``, with all that lies beside that one's weights, as ``directory``."""
     with replaced_directory(directory) as written:
         model.save_pretrained(written)
         # Copied over what the library wrote: it adds to config.json what it worked out while it loaded.

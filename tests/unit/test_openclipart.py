@@ -96,6 +96,26 @@ def test_transparency_becomes_white_and_other_pictures_stay_as_encoded(tmp_path:
         assert (picture.mode, max(picture.size), picture.getpixel((5, 5))) == ("RGB", 448, (255, 255, 255))
 
 
+def test_pictures_that_look_the_same_on_white_are_one(tmp_path: Path) -> None:
+    root = tmp_path / "openclipart"
+    draw(root, "a", "clear glass", (0, 0, 0, 0))
+    draw(root, "b", "broken window", (7, 0, 0, 0))  # other bytes under what is transparent
+    prepare(tmp_path / "shards", installed=root)
+    found = [record for split in SPLITS for record in records(tmp_path / "shards", split)]
+    assert [set(record.captions) for record in found] == [{"clear glass", "broken window"}]
+
+
+def test_a_poster_is_left_out_without_being_decoded(tmp_path: Path) -> None:
+    root = tmp_path / "openclipart"
+    draw(root, "a", "green apple", (0, 200, 0))
+    draw(root, "b", "great poster", (0, 0, 200))
+    content = bytearray((root / "png" / "b.png").read_bytes())
+    content[16:24] = (20_000).to_bytes(4, "big") * 2  # what the header says is all that is read
+    (root / "png" / "b.png").write_bytes(bytes(content))
+    manifests = prepare(tmp_path / "shards", installed=root)
+    assert sum(manifest.samples for manifest in manifests) == 1
+
+
 def test_shards_are_the_same_bytes_every_time(installed: Path, tmp_path: Path) -> None:
     prepare(tmp_path / "one", installed=installed)
     prepare(tmp_path / "two", installed=installed)
