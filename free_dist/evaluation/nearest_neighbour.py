@@ -1,69 +1,75 @@
-"""A baseline without a language model: the nearest training image answers the question that was asked of it.
+"""Baselines without a language model: what training answers alone, and the nearest training image, would have answered.
 
-Distance is the cosine between mean feature vectors of the frozen vision network.  What it reaches needs no understanding of
-a question beyond its words; a vision-language model should be above it.  Does not know tokens or blocks.
+Distance is the cosine between mean patch features of the frozen vision network.  What these reach needs no understanding of
+a prompt beyond its words; a vision-language model should be above them.  Does not know tokens or blocks.
 
-Shape letters: I training images, J asked images, W channels.
+Shape letters: I images, W channels of patches.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from free_dist.data.samples import Record
-from free_dist.evaluation.metrics import vqa_accuracy
+from free_dist.backbones import Blip2Backbone
+from free_dist.data.samples import Sample, SampleEncoder
+
+BATCH = 16
+"""Images that the vision network sees at once."""
+
+FREQUENT, PROMPT_ONLY, NEAREST_IMAGE = "most frequent answer", "most frequent to the prompt", "nearest image"
+"""The baselines: blind to prompt and image; blind to the image; the answer given of the nearest training image."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class BaselineScores:
-    """VQA accuracy of answers that never looked through a language model, on the same questions."""
+def baseline_answers(
+    training: Sequence[Sample], asked: Sequence[Sample], vectors: dict[bytes, Tensor]
+) -> dict[str, list[str]]:
+    """Baseline -> its answer to each of ``asked``.
 
-    always_yes: float
-    question_only: float
-    """The most frequent training answer to the same question."""
-    nearest_image: float
-    """The answer given of the nearest training image that was asked the same question."""
-    questions: int
-
-
-def answer_baselines(
-    training: Sequence[Record], vectors: Tensor, asked: Sequence[Record], asked_vectors: Tensor
-) -> BaselineScores:
-    """Training records with their mean features [I, W], and asked ones [J, W] -> scores over all questions of these.
-
-    A question that no training image was asked gets the most frequent training answer.
+    ``vectors``: encoded image -> its features [W], for the images of all samples.  ``PROMPT_ONLY`` and ``NEAREST_IMAGE``
+    learn from the training samples whose last prompt is the same; a prompt that none has gets the most frequent answer.
+    Raises ValueError without training samples.
     """
-    answers: dict[str, Counter[str]] = {}
-    by_image: dict[str, list[tuple[int, str]]] = {}
-    for index, record in enumerate(training):
-        for question, answer in record.questions:
-            answers.setdefault(question, Counter())[answer] += 1
-            by_image.setdefault(question, []).append((index, answer))
-    overall = sum(answers.values(), Counter()).most_common(1)[0][0]
-    likeness = F.normalize(asked_vectors, dim=-1) @ F.normalize(vectors, dim=-1).T  # [J, I]
-    totals = torch.zeros(4, dtype=torch.float64)
-    for row, record in zip(likeness, asked, strict=True):
-        for question, wanted in record.questions:
-            known = by_image.get(question, [])
-            frequent = answers[question].most_common(1)[0][0] if known else overall
-            nearest = max(known, key=lambda pair: row[pair[0]].item())[1] if known else overall
-            given = ("yes", frequent, nearest)
-            totals += torch.tensor([*(vqa_accuracy(text, [wanted], normalise="always") for text in given), 1.0])
-    yes, frequent_score, nearest_score, count = totals.tolist()
-    return BaselineScores(
-        always_yes=yes / count,
-        question_only=frequent_score / count,
-        nearest_image=nearest_score / count,
-        questions=int(count),
-    )
+    if not training:
+        raise ValueError("no training samples to answer from")
+    known: dict[str, list[Sample]] = defaultdict(list)
+    for sample in training:
+        known[sample.turns[-1].prompt].append(sample)
+    frequent = _most_frequent(training)
+    usual = {prompt: _most_frequent(samples) for prompt, samples in known.items()}
+    seen = {prompt: torch.stack([vectors[sample.image] for sample in samples]) for prompt, samples in known.items()}
+    given: dict[str, list[str]] = {FREQUENT: [], PROMPT_ONLY: [], NEAREST_IMAGE: []}
+    for sample in asked:
+        prompt = sample.turns[-1].prompt
+        nearest = frequent
+        if prompt in known:
+            likeness = F.cosine_similarity(seen[prompt], vectors[sample.image][None], dim=-1)
+            nearest = known[prompt][int(likeness.argmax())].turns[-1].answer
+        given[FREQUENT].append(frequent)
+        given[PROMPT_ONLY].append(usual.get(prompt, frequent))
+        given[NEAREST_IMAGE].append(nearest)
+    return given
 
 
-def mean_features(maps: Tensor) -> Tensor:
-    """Feature maps [I, W, h, w] -> [I, W]."""
-    return maps.mean((-2, -1))
+@torch.inference_mode()
+def image_vectors(
+    backbone: Blip2Backbone,
+    encoder: SampleEncoder,
+    images: Iterable[bytes],
+    progress: Callable[[list[list[bytes]]], Iterable[list[bytes]]] = iter,
+) -> dict[bytes, Tensor]:
+    """Encoded image -> mean patch features [W]; every distinct image is looked at once.  ``progress`` wraps the batches."""
+    distinct = list(dict.fromkeys(images))
+    vectors: dict[bytes, Tensor] = {}
+    for batch in progress([distinct[first : first + BATCH] for first in range(0, len(distinct), BATCH)]):
+        pixels = torch.stack([encoder.encode_image(image) for image in batch])
+        vectors |= zip(batch, backbone.encode_patches(pixels).mean(1), strict=True)
+    return vectors
+
+
+def _most_frequent(samples: Sequence[Sample]) -> str:
+    return Counter(sample.turns[-1].answer for sample in samples).most_common(1)[0][0]
