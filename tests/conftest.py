@@ -19,7 +19,8 @@ from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.embedded import new_image_processor, new_model, train_tokenizer
 from free_dist.config import DataConfig
 from free_dist.data.easyvqa import CALIBRATION_EVERY, captions_from_answers
-from free_dist.data.samples import Record, SampleEncoder
+from free_dist.data.records import Question, Record
+from free_dist.data.samples import SampleEncoder
 from free_dist.data.shards import write_split
 from free_dist.data.stream import corpus
 
@@ -52,7 +53,7 @@ def published_records(split: str, count: int) -> Iterator[Record]:
         yield Record(
             key=f"{official}-{image_id:05d}",
             image=Path(paths[image_id]).read_bytes(),
-            questions=tuple(questions[image_id]),
+            questions=tuple(Question(question=q, answers=(a,)) for q, a in questions[image_id]),
             captions=captions_from_answers(questions[image_id]),
         )
 

@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from free_dist.data.samples import Record
+from free_dist.data.records import Question, Record
 from free_dist.data.shards import Manifest, is_intact, read_manifest, write_split
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -87,6 +87,6 @@ def _record(split: str, image_id: int, path: str, questions: list[tuple[str, str
     return Record(
         key=f"{official_split}-{image_id:05d}",
         image=Path(path).read_bytes(),
-        questions=tuple(questions),
+        questions=tuple(Question(question=question, answers=(answer,)) for question, answer in questions),
         captions=captions_from_answers(questions),
     )

@@ -3,21 +3,18 @@
 LAVIS lists one caption or question an entry; a Record holds an image once with everything said about it.  Two layouts exist
 for captions: a text per entry (training files) and a list of texts (evaluation files).  Knows those JSON files; does not know
 prompts, tokens or streams, and does not read LAVIS's dialogue files, whose reader mixes up turns.
-
-A Record has one answer a question.  VQAv2 has ten, of which the most frequent is kept, the first of several such.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from free_dist.config import MissingFileError, UserError
-from free_dist.data.samples import Record
+from free_dist.data.records import Question, Record
 from free_dist.data.shards import Manifest, is_intact, read_manifest, write_split
 
 
@@ -49,7 +46,7 @@ DATASETS = {
 class _Said:
     """Everything said about one image so far."""
 
-    questions: list[tuple[str, str]] = field(default_factory=list)
+    questions: list[Question] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
 
 
@@ -101,7 +98,7 @@ def _gather(paths: Iterable[Path]) -> dict[str, _Said]:
             where = f"{path}, entry {number}"
             about = said.setdefault(_text(entry, "image", where), _Said())
             if "question" in entry:
-                about.questions.append((_text(entry, "question", where), _answer(entry, where)))
+                about.questions.append(_question(entry, where))
             else:
                 about.captions += _captions(entry, where)
     return said
@@ -126,12 +123,17 @@ def _text(entry: dict[str, Any], name: str, where: str) -> str:
     return value.strip()
 
 
-def _answer(entry: dict[str, Any], where: str) -> str:
+def _question(entry: dict[str, Any], where: str) -> Question:
     given = entry.get("answer")
     answers = [given] if isinstance(given, str) else given
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise UserError(f"{where}: answer={given!r}: want answers; LAVIS's test questions have none and cannot be used")
-    return Counter(answers).most_common(1)[0][0].strip()
+    number = entry.get("question_id")
+    return Question(
+        question=_text(entry, "question", where),
+        answers=tuple(answer.strip() for answer in answers),
+        question_id=None if number is None else str(number),
+    )
 
 
 def _captions(entry: dict[str, Any], where: str) -> list[str]:

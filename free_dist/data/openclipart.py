@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import Image
 
 from free_dist.config import MissingFileError, UserError
-from free_dist.data.samples import Record
+from free_dist.data.records import Record
 from free_dist.data.shards import Manifest, is_intact, read_manifest, write_split
 
 SPLITS = ("train", "calibration", "test")

@@ -1,4 +1,4 @@
-"""The only record formats of the project: Record (in a shard), Sample (one row before tokenisation), Batch (tensors).
+"""What becomes of a Record: Sample (one row before tokenisation), then Batch (tensors).
 
 Knows how image and text share one sequence; does not know where records come from or who consumes batches.
 
@@ -26,23 +26,10 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from free_dist.backbones import Instruction, TokenLayout
 from free_dist.config import TASKS, DataConfig, UserError
+from free_dist.data.records import Question, Record
 
 IGNORE = -100
 """Target of a position whose prediction is not trained or scored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One image and everything said about it, as stored in a shard."""
-
-    key: str
-    """Unique within the data set."""
-    image: bytes
-    """Encoded as published (PNG or JPEG)."""
-    questions: tuple[tuple[str, str], ...] = ()
-    """(question, answer) pairs, in the published order."""
-    captions: tuple[str, ...] = ()
-    """Reference captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +102,21 @@ def training_samples(record: Record, task: str, config: DataConfig, rng: random.
             return []
         turn = Turn(prompt=config.caption_prompt, answer=rng.choice(record.captions))
         return [Sample(key=record.key, task=task, image=record.image, turns=(turn,), references=record.captions)]
-    turns = [_question_turn(question, answer, config) for question, answer in record.questions]
-    rng.shuffle(turns)
+    questions = [question for question in record.questions if question.answers]
+    rng.shuffle(questions)
     if task == "vqa":
         return [
-            Sample(key=f"{record.key}-q{i}", task=task, image=record.image, turns=(turn,), references=(turn.answer,))
-            for i, turn in enumerate(turns[: config.questions_per_image])
+            Sample(
+                key=f"{record.key}-q{i}",
+                task=task,
+                image=record.image,
+                turns=(_question_turn(question, _drawn_answer(question, rng), config),),
+                references=question.answers,
+            )
+            for i, question in enumerate(questions[: config.questions_per_image])
         ]
     if task == "dialogue":
-        turns = turns[: config.max_turns]
+        turns = [_question_turn(q, _drawn_answer(q, rng), config) for q in questions[: config.max_turns]]
         if not turns:
             return []
         return [
@@ -140,10 +133,11 @@ def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sa
                 key=f"{record.key}-q{i}",
                 task=task,
                 image=record.image,
-                turns=(_question_turn(question, answer, config),),
-                references=(answer,),
+                turns=(_question_turn(question, question.answer, config),),
+                references=question.answers,
             )
-            for i, (question, answer) in enumerate(record.questions)
+            for i, question in enumerate(record.questions)
+            if question.answers
         ]
     if task == "caption":
         if not record.captions:
@@ -151,15 +145,21 @@ def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sa
         turn = Turn(prompt=config.caption_prompt, answer=record.captions[0])
         return [Sample(key=record.key, task=task, image=record.image, turns=(turn,), references=record.captions)]
     if task == "dialogue":
-        turns = tuple(_question_turn(q, a, config) for q, a in record.questions[: config.max_turns])
-        if not turns:
+        questions = [question for question in record.questions if question.answers][: config.max_turns]
+        if not questions:
             return []
-        return [Sample(key=record.key, task=task, image=record.image, turns=turns, references=(turns[-1].answer,))]
+        turns = tuple(_question_turn(question, question.answer, config) for question in questions)
+        return [Sample(key=record.key, task=task, image=record.image, turns=turns, references=questions[-1].answers)]
     raise UserError(f"evaluation.tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
-def _question_turn(question: str, answer: str, config: DataConfig) -> Turn:
-    return Turn(prompt=config.question_prompt.format(question=question), answer=answer)
+def _question_turn(question: Question, answer: str, config: DataConfig) -> Turn:
+    return Turn(prompt=config.question_prompt.format(question=question.question), answer=answer)
+
+
+def _drawn_answer(question: Question, rng: random.Random) -> str:
+    """Each person's answer is as likely as any other's, which weighs answers as often as they were given."""
+    return question.answers[0] if len(question.answers) == 1 else rng.choice(question.answers)
 
 
 class SampleEncoder:

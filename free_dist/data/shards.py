@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from free_dist.atomic import write_atomically
 from free_dist.config import UserError
-from free_dist.data.samples import Record
+from free_dist.data.records import Record, record_from_json, record_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 
 
@@ -133,13 +133,7 @@ def record_from_fields(fields: dict[str, bytes | str]) -> Record:
     if not isinstance(image, bytes) or not isinstance(text, bytes):
         url = str(fields.get("__url__"))
         raise ShardError(f"{url}: sample {key} lacks its image (png, jpg) or json member")
-    content = json.loads(text)
-    return Record(
-        key=key,
-        image=image,
-        questions=tuple((pair[0], pair[1]) for pair in content["questions"]),
-        captions=tuple(content["captions"]),
-    )
+    return record_from_json(key, image, text)
 
 
 def _write_shard(directory: Path, name: str, records: list[Record]) -> Shard:
@@ -157,5 +151,4 @@ def _write_shard(directory: Path, name: str, records: list[Record]) -> Shard:
 
 def _members(record: Record) -> Iterator[tuple[str, bytes]]:
     yield ("png" if record.image.startswith(b"\x89PNG") else "jpg"), record.image
-    text = {"questions": record.questions, "captions": record.captions}
-    yield "json", json.dumps(text, ensure_ascii=False).encode()
+    yield "json", record_json(record)

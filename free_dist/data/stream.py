@@ -16,7 +16,8 @@ from pathlib import Path
 import webdataset as wds
 
 from free_dist.config import TASKS, DataConfig, UserError
-from free_dist.data.samples import Batch, Record, Sample, SampleEncoder, evaluation_samples, training_samples
+from free_dist.data.records import Record
+from free_dist.data.samples import Batch, Sample, SampleEncoder, evaluation_samples, training_samples
 from free_dist.data.shards import record_from_fields, shard_paths
 
 

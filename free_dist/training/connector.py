@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import Recipe, UserError
-from free_dist.data.samples import Record, SampleEncoder
+from free_dist.data.records import Record
+from free_dist.data.samples import SampleEncoder
 from free_dist.data.stream import records
 from free_dist.training.schedule import warmup_cosine
 
@@ -98,7 +99,7 @@ def word_loss(prefix: Tensor, embedded: Tensor, present: Sequence[Sequence[int]]
 def record_words(record: Record) -> set[str]:
     """The answers given of an image, or the words of its captions where nothing was asked; in lower case."""
     if record.questions:
-        return {answer.lower() for _, answer in record.questions}
+        return {answer.lower() for question in record.questions for answer in question.answers}
     return {word for caption in record.captions for word in WORD.findall(caption.lower())}
 
 

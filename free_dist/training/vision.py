@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import Recipe, UserError
-from free_dist.data.samples import Record, SampleEncoder
+from free_dist.data.records import Record
+from free_dist.data.samples import SampleEncoder
 from free_dist.data.stream import records
 from free_dist.training.finetune import augment_images
 from free_dist.training.schedule import warmup_cosine
@@ -78,7 +79,7 @@ def distinctive_answers(all_records: Iterable[Record]) -> list[str]:
     counts: Counter[str] = Counter()
     for record in all_records:
         images += 1
-        counts.update({answer for _, answer in record.questions})
+        counts.update({answer for question in record.questions for answer in question.answers})
     found = sorted(answer for answer, count in counts.items() if count < images / 2)
     if not found:
         raise UserError("data.root: no answer is given for fewer than half of the images; set finetune.vision_steps=0")
@@ -93,7 +94,7 @@ def _labelled_images(encoder: SampleEncoder, recipe: Recipe, labels: list[str]) 
     while True:
         shuffle = (f"{recipe.training.seed}/vision/{epoch}", recipe.data.shuffle_buffer)
         for record in records(Path(recipe.data.root), "train", shuffle=shuffle):
-            answers = {answer for _, answer in record.questions}
+            answers = {answer for question in record.questions for answer in question.answers}
             target = torch.tensor([float(label in answers) for label in labels])
             if target.any():
                 images.append(encoder.encode_image(record.image))

@@ -14,7 +14,8 @@ from free_dist.backbones import FeatureLmBackbone
 from free_dist.backbones.efficientnet_lite import EfficientNetLite
 from free_dist.backbones.smollm2 import joined, new_image_processor
 from free_dist.config import DataConfig, FinetuneConfig, Recipe, UserError
-from free_dist.data.samples import Record, SampleEncoder
+from free_dist.data.records import Question, Record
+from free_dist.data.samples import SampleEncoder
 from free_dist.data.stream import records
 from free_dist.training.connector import BEST, SHARPNESS, pretrain_connector, record_words, word_loss, word_tokens
 
@@ -48,7 +49,9 @@ def test_a_prefix_of_another_length_than_the_embeddings_costs() -> None:
 
 
 def test_words_are_answers_or_those_of_captions_where_nothing_was_asked() -> None:
-    assert record_words(Record(key="a", image=b"", questions=(("?", "Red"),), captions=("no blue",))) == {"red"}
+    assert record_words(
+        Record(key="a", image=b"", questions=(Question(question="?", answers=("Red",)),), captions=("no blue",))
+    ) == {"red"}
     assert record_words(Record(key="a", image=b"", captions=("A green tree", "an oak"))) == {"green", "tree", "oak"}
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from free_dist.config import MissingFileError, UserError
 from free_dist.data.lavis_annotations import lavis_records, prepare
+from free_dist.data.records import Question
 from free_dist.data.shards import MANIFEST
 from free_dist.data.stream import records
 
@@ -51,15 +52,17 @@ def test_captions_of_both_layouts_are_gathered_by_image(images: Path, tmp_path: 
     assert first.key == "val2014-COCO_val2014_000000000000" and first.image == (images / name(0)).read_bytes()
 
 
-def test_a_question_keeps_its_most_frequent_answer(images: Path, tmp_path: Path) -> None:
+def test_a_question_keeps_all_its_answers(images: Path, tmp_path: Path) -> None:
     entries = [
         {"question_id": 1, "question": "what is it?", "answer": ["cat"] * 4 + ["dog"] * 5 + ["cow"], "image": name(0)},
         {"question_id": 2, "question": "where?", "answer": ["left", "right", "right", "left"], "image": name(0)},
         {"question_id": 3, "question": "how many?", "answer": "2", "image": name(1), "dataset": "vg"},
     ]
     first, second = lavis_records([save(tmp_path / "vqa.json", entries)], images)
-    assert first.questions == (("what is it?", "dog"), ("where?", "left"))
-    assert second.questions == (("how many?", "2"),)
+    assert [question.question for question in first.questions] == ["what is it?", "where?"]
+    assert [question.answers for question in first.questions] == [tuple(entry["answer"]) for entry in entries[:2]]
+    assert [question.answer for question in first.questions] == ["dog", "left"]
+    assert second.questions == (Question(question="how many?", answers=("2",), question_id="3"),)
 
 
 def test_coco_becomes_three_splits_that_stream_back(images: Path, tmp_path: Path) -> None:

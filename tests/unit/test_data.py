@@ -18,7 +18,7 @@ from PIL import Image
 from free_dist.atomic import write_atomically
 from free_dist.config import UserError
 from free_dist.data import easyvqa
-from free_dist.data.samples import Record
+from free_dist.data.records import DialogueTurn, Question, Record, SyntheticCaption
 from free_dist.data.shards import (
     MANIFEST,
     Manifest,
@@ -46,8 +46,19 @@ def made_up_records(count: int = 5) -> list[Record]:
         Record(
             key=f"made-{i:03d}",
             image=picture((40 * i, 0, 0)),
-            questions=((f"is there a naïve shape {i}?", "yes"), ("what color is it?", "red")),
+            image_id=f"{i}" if i % 2 else None,
+            questions=(
+                Question(question=f"is there a naïve shape {i}?", answers=("yes", "no"), question_id=f"{i}1"),
+                Question(question="what color is it?", answers=()),
+            ),
             captions=("a red shape", f"number {i}"),
+            synthetic_captions=(SyntheticCaption(text="a shape", model="m", score=0.75, threshold=0.5),) * (i % 2),
+            dialogue=(
+                DialogueTurn(
+                    question="is it red?", answer="yes", candidates=("no", "yes"), gold=1, relevance=(0.0, 0.9)
+                ),
+                DialogueTurn(question="is it big?", answer=None),
+            ),
         )
         for i in range(count)
     ]
@@ -141,7 +152,8 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_conversion_keeps_every_published_image_and_question(converted: Path, published_questions) -> None:
     found = {record.key: record for split in SPLITS for record in records(converted, split)}
     expected = {f"{split}-{image:05d}": tuple(pairs) for (split, image), pairs in published_questions.items()}
-    assert {key: record.questions for key, record in found.items()} == expected
+    told = {key: tuple((q.question, *q.answers) for q in record.questions) for key, record in found.items()}
+    assert told == expected
 
 
 def test_no_image_stands_in_two_splits(converted: Path) -> None:

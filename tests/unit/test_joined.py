@@ -10,7 +10,7 @@ from PIL import Image
 
 from free_dist.config import DataConfig, UserError
 from free_dist.data.joined import prepare
-from free_dist.data.samples import Record
+from free_dist.data.records import Record
 from free_dist.data.shards import read_manifest, write_split
 from free_dist.data.stream import records, split_samples
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from free_dist.config import DataConfig
-from free_dist.data.samples import IGNORE, Batch, Record, Sample, SampleEncoder, Turn, training_samples
+from free_dist.data.records import Question, Record
+from free_dist.data.samples import IGNORE, Batch, Sample, SampleEncoder, Turn, training_samples
 from free_dist.data.shards import write_split
 from free_dist.data.stream import epoch_samples, global_batches, records, split_samples, training_batches
 
@@ -85,7 +86,7 @@ def test_ranks_share_an_evaluation_without_loss_or_repetition(tiny_data: DataCon
 
 
 def test_task_without_records_is_an_error_not_an_endless_loop(tmp_path: Path) -> None:
-    bare = Record(key="bare", image=b"\x89PNG", questions=(("q?", "yes"),))
+    bare = Record(key="bare", image=b"\x89PNG", questions=(Question(question="q?", answers=("yes",)),))
     write_split(tmp_path, dataset="made-up", split="train", records=[bare], total=1)
     data = DataConfig(root=str(tmp_path), tasks={"caption": 1.0})
     with pytest.raises(ValueError, match=r"data\.tasks: no record"):
