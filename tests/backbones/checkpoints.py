@@ -30,6 +30,7 @@ from transformers import (
     InstructBlipQFormerConfig,
     InstructBlipVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaTokenizer,
     OPTConfig,
     PreTrainedConfig,
@@ -38,6 +39,9 @@ from transformers import (
     T5Config,
     T5Tokenizer,
 )
+
+from free_dist.backbones.efficientnet_lite import EfficientNetLite
+from free_dist.backbones.smollm2 import joined, new_image_processor
 
 QUERIES = 4
 BLOCKS = 4
@@ -280,6 +284,21 @@ def _save_minigpt4(
     return model
 
 
+def _save_feature_lm(directory: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    torch.manual_seed(5)
+    text = LlamaForCausalLM(_grouped_llama_text(_rounded(len(tokenizer))))
+    text.config.pad_token_id = tokenizer.pad_token_id
+    text.config.bos_token_id = tokenizer.bos_token_id
+    text.config.eos_token_id = tokenizer.eos_token_id
+    vision = EfficientNetLite().state_dict()
+    model = joined(text, vision, n_queries=QUERIES, width=64, n_layers=1, image_size=IMAGE_SIZE)
+    _spread(model)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    new_image_processor(IMAGE_SIZE).save_pretrained(directory)
+    return model
+
+
 def _image_processor() -> BlipImageProcessorPil:
     return BlipImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
 
@@ -303,6 +322,9 @@ WRITERS: dict[str, Callable[[Path, Sequence[str]], PreTrainedModel]] = {
 """The seven combinations of model and language model."""
 
 COMBINATIONS = tuple(WRITERS)
+FEATURE_LM = "feature-lm"
+"""A convolutional network before a language model: the class is ours, so there is no processor to compare prompts with."""
+WRITERS[FEATURE_LM] = lambda path, texts: _save_feature_lm(path, llama_tokenizer(texts))
 INSTRUCTED = tuple(name for name in COMBINATIONS if name.startswith("instructblip"))
 ENCODER_DECODERS = tuple(name for name in COMBINATIONS if name.endswith("t5"))
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import overrides
+from checkpoints import COMBINATIONS, FEATURE_LM, overrides
 
 pytestmark = pytest.mark.backbones
 
@@ -64,6 +64,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.parametrize("checkpoint", [*COMBINATIONS, FEATURE_LM], indirect=True)
 def test_train_calibrate_generate_evaluate_audit_export_and_reload(checkpoint, tmp_path, tiny_root) -> None:
     ds_config = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
     for section in ds_config.values():
