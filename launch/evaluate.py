@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Measure trained exits over a threshold sweep: quality, agreement, paired wall-clock; writes tables and plots to run_dir.
 
+Without --exits it measures the backbone alone.
+
 Starts as plain `python` (one process, no DeepSpeed needed) or under `deepspeed` or `torchrun`, where samples are shared
 out. The number of threads is torch's own choice; OMP_NUM_THREADS sets it.
 """
@@ -21,13 +23,16 @@ if TYPE_CHECKING:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--exits", type=Path, required=True, metavar="DIR", help="exits.safetensors and exits.json")
+    parser.add_argument(
+        "--exits", type=Path, metavar="DIR", help="exits.safetensors and exits.json (default: the backbone alone)"
+    )
     parser.add_argument("--exits-ce", type=Path, metavar="DIR", help="exits trained without discriminators, to compare")
     add_device_arguments(parser)
     add_recipe_arguments(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     arguments = parser.parse_intermixed_args()
-    directories = {"exits": arguments.exits} | ({"exits_ce": arguments.exits_ce} if arguments.exits_ce else {})
+    given = {"exits": arguments.exits, "exits_ce": arguments.exits_ce}
+    directories = {method: path for method, path in given.items() if path is not None}
     with fail_clearly(parser):
         recipe = load_recipe(arguments.config, arguments.overrides)
         if "RANK" not in os.environ:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from free_dist.data.stream import split_samples
 from free_dist.evaluation.benchmark import Answer, Arm, Decoded, Prompted, full_arm, hf_arm, run_interleaved
 from free_dist.evaluation.evaluate import SampleResult, answer_samples, evaluate_exits, standard_arms, task_rows
 from free_dist.evaluation.probe import LENS, Probe, probe_batch, probe_exits
-from free_dist.evaluation.rows import SCHEMA, Row
+from free_dist.evaluation.report import write_report
+from free_dist.evaluation.rows import SCHEMA, Row, read_results
 from free_dist.exits import ExitBank
 
 TIMES = {
@@ -105,6 +107,18 @@ def test_arms_that_cannot_exit_run_for_the_first_bank_only(
 ) -> None:
     arms = standard_arms(lively_backbone, {"exits": bank, "exits_ce": bank}, recipe, n_samples=7)
     assert [(arm.method, arm.threshold) for arm in arms[2:]] == [("exits", 0.0), ("exits", 1.1), ("exits_ce", 0.0)]
+
+
+def test_a_backbone_alone_is_measured_and_reported(
+    lively_backbone: Blip2Backbone, tiny_encoder: SampleEncoder, rows: list[Row], recipe: Recipe, tmp_path: Path
+) -> None:
+    alone = evaluate_exits(lively_backbone, tiny_encoder, {}, recipe, quiet=True)
+    wanted = [(row.task, row.method, row.quality) for row in rows if row.method in ("full", "hf")]
+    assert [(row.task, row.method, row.quality) for row in alone] == wanted
+    probes = probe_exits(lively_backbone, tiny_encoder, {}, recipe)
+    paths = write_report(alone, probes, str(tmp_path))
+    assert [row.method for row in read_results(paths.results)] == ["full", "hf"] * 3
+    assert all(path.stat().st_size for path in paths.plots.values())
 
 
 def test_two_ranks_find_what_one_finds(
