@@ -14,10 +14,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import free_dist
 from free_dist.config import UserError
 from free_dist.recipe_io import fail_clearly
 
-SHIPPED = Path(__file__).parents[1] / "free_dist" / "assets" / "smollm2"
+SHIPPED = Path(free_dist.__file__).parent / "assets" / "smollm2"
 """What this project's own stage 1 changed."""
 
 
