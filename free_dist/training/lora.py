@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -36,10 +38,16 @@ def add_lora(model: PreTrainedModel, settings: FinetuneConfig) -> PeftModel:
         lora_dropout=settings.lora_dropout,
         target_modules=target_pattern(model, settings.lora_targets),
     )
-    with warnings.catch_warnings():
-        # peft asks for an attribute that transformers is about to rename.
-        warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
+    with quiet_peft():
         return get_peft_model(model, config)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Inside, ``peft`` does not warn that it asks for an attribute which transformers is about to rename."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message="`is_gradient_checkpointing`")
+        yield
 
 
 def target_pattern(model: PreTrainedModel, targets: list[str]) -> str:

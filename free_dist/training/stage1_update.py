@@ -20,6 +20,7 @@ from free_dist.backbones.checkpoint_files import StoredTensor, open_checkpoint
 from free_dist.backbones.checkpoint_hash import checkpoint_hash
 from free_dist.backbones.loading import load_model
 from free_dist.config import MissingFileError, UserError
+from free_dist.training.lora import quiet_peft
 from free_dist.training.stage1_result import write_beside
 from free_dist.training.trained_parts import PART_PREFIXES
 
@@ -72,7 +73,8 @@ def apply_update(start: Path, update: Path, directory: Path) -> None:
     weights = dict(model.named_parameters())
     for name, value in connector.items():
         weights[name].data.copy_(value)
-    merged = PeftModel.from_pretrained(model, str(update)).merge_and_unload()
+    with quiet_peft():
+        merged = PeftModel.from_pretrained(model, str(update)).merge_and_unload()
     write_beside(start, merged, directory)
 
 

@@ -7,15 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "backbones"))
 
 from checkpoints import write_checkpoint
 
+import free_dist
 from free_dist.backbones.loading import load_model
 from free_dist.config import FinetuneConfig, MissingFileError, UserError
 from free_dist.training.stage1_result import save_trained
-from free_dist.training.stage1_update import ABOUT, ADAPTER_WEIGHTS, CONNECTOR, apply_update, frozen_hash, save_update
+from free_dist.training.stage1_update import (
+    ABOUT,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONNECTOR,
+    apply_update,
+    frozen_hash,
+    save_update,
+)
 from free_dist.training.trained_parts import train_parts
 
 TEXTS = ["what colour is the circle? red", "is there a blue square? yes", "a photo of a red circle"] * 4
@@ -106,3 +116,14 @@ def test_a_run_without_adapter_is_told(trained, tmp_path: Path) -> None:
     start, backbone, _ = trained
     with pytest.raises(MissingFileError, match=r"finetune.keep_adapter=true"):
         save_update(start, backbone, backbone, tmp_path / "update")
+
+
+def test_what_is_shipped_is_whole_and_small() -> None:
+    shipped = Path(free_dist.__file__).parent / "assets" / "smollm2"
+    names = {path.name for path in shipped.iterdir()}
+    assert {CONNECTOR, ADAPTER_CONFIG, ADAPTER_WEIGHTS, ABOUT} <= names
+    assert sum(path.stat().st_size for path in shipped.iterdir()) < 16e6
+    connector, adapter = load_file(shipped / CONNECTOR), load_file(shipped / ADAPTER_WEIGHTS)
+    assert len(adapter) == 2 * 2 * 30  # two factors of query and value in thirty blocks
+    for tensor in (*connector.values(), *adapter.values()):
+        assert tensor.dtype == torch.float16 and tensor.isfinite().all()
