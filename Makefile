@@ -33,7 +33,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/python launch/quickstart.py
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
