@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ DISTRIBUTIONS = {
 }
 """Share of tokens per exit layer; the rest goes to full depth."""
 QUICK_SECONDS = 45.0
-"""What --quick plans with after loading; the last answers of every part come on top."""
+"""What --quick plans with after loading, unless --seconds says so; the last answers of every part come on top."""
 TIME_WEIGHTS = {"vqa": 1.0, "caption": 2.0, "dialogue": 1.0}
 """Shares of the time; captions are long."""
 FALSE_OPEN = 0.2
@@ -74,6 +75,9 @@ def main() -> None:
         default="full",
         help="shape preset: kind of exits; a merged lora decodes as full does (default: %(default)s)",
     )
+    parser.add_argument(
+        "--seconds", type=float, default=QUICK_SECONDS, help="time that --quick plans with (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=int, help="answers per decoder and sample (default: 2; --quick 1)")
     parser.add_argument(
         "--tokens", type=int, default=16, help="shape preset: timed tokens per answer (default: %(default)s)"
@@ -94,6 +98,8 @@ def main() -> None:
             value = getattr(arguments, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name} {value}: want at least 1")
+        if not 20 <= arguments.seconds < math.inf:
+            raise UserError(f"--seconds {arguments.seconds}: want at least 20")
         if not 0 <= arguments.false_open <= 1:
             raise UserError(f"--false-open {arguments.false_open}: want a share from 0 to 1")
         result = trained(arguments) if arguments.preset in TRAINED else shape(arguments)
@@ -129,7 +135,7 @@ def trained(arguments: argparse.Namespace) -> dict[str, Any]:
     backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
     bank = load_exits(backbone, exits)
     amounts = QUICK if arguments.quick else Amounts()
-    ends = time.monotonic() + QUICK_SECONDS
+    ends = time.monotonic() + arguments.seconds
     changes: dict[str, Any] = {"compiled": amounts.compiled and not arguments.no_compile}
     if arguments.rounds is not None:
         changes["rounds"] = arguments.rounds
@@ -224,7 +230,7 @@ def shape(arguments: argparse.Namespace) -> dict[str, Any]:
         prompt=sizes.n_queries + (2 if quick else 8),
         rounds=1 if quick else arguments.rounds or 2,
         plain=not quick,
-        seconds=QUICK_SECONDS - 10 if quick else None,
+        seconds=arguments.seconds - 10 if quick else None,
         blocks_per_sample=2 if quick else 4,
         positions=(1, 2, 4, 8) if quick else (1, 2, 3, 4, 6, 8, 12, 16, 24, 32),
     )

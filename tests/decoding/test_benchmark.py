@@ -262,25 +262,28 @@ def test_operating_points_are_chosen_without_the_test_split(model: Model, tiny_r
         assert point.layers(model.bank) and all(value in (point.threshold, 1.1) for value in point.thresholds)
 
 
+FEW = Amounts(
+    candidates=(0.5,),
+    shown=(0.0,),
+    calibration_samples=4,
+    contest_samples=1,
+    finalists=1,
+    samples=8,
+    rounds=1,
+    split_samples=2,
+    fixed_samples=2,
+    fixed_tokens=3,
+    batches=1,
+    compiled=False,
+)
+"""As little as shows every part."""
+
+
 def test_a_task_yields_a_row_per_decoder_and_kind_of_length(model: Model) -> None:
-    amounts = Amounts(
-        candidates=(0.5,),
-        shown=(0.0,),
-        calibration_samples=4,
-        contest_samples=1,
-        finalists=1,
-        samples=8,
-        rounds=1,
-        split_samples=2,
-        fixed_samples=2,
-        fixed_tokens=3,
-        batches=1,
-        compiled=False,
-    )
     costs = counting_costs(model.backbone.n_blocks, per_position=True)
     backbone, bank = model.backbone, model.bank
     runners = Runners(full=make_runner("eager", backbone), exits=make_runner("eager", backbone, bank))
-    result = benchmark_task(replace(model, int8=int8_copy(backbone), runners=runners), "vqa", amounts, costs)
+    result = benchmark_task(replace(model, int8=int8_copy(backbone), runners=runners), "vqa", FEW, costs)
     through = ["full, runner", "lossy, runner", "lossless, runner"]
     methods = ["full", "lossy", "lossy, all exits", "lossless", *through, "hf", "int8"]
     found = [(row["method"], row["batch_size"], row["length"]) for row in result.arms]
@@ -296,6 +299,17 @@ def test_a_task_yields_a_row_per_decoder_and_kind_of_length(model: Model) -> Non
     assert result.lossy["speedup"] == max(result.arms[i]["speedup"] for i in (1, 5))
     exact = ("full, runner", "lossless, runner", "hf")
     assert [row["identical"] for row in result.arms[: len(methods)] if row["method"] in exact] == [8, 8, 8]
+
+
+def test_cheap_checks_count_where_they_cost_no_quality(model: Model) -> None:
+    checks = random_checks(model.backbone, model.bank, "pruned", gate=True, size=8)
+    costs = counting_costs(model.backbone.n_blocks, per_position=True)
+    result = benchmark_task(replace(model, checks=checks), "vqa", FEW, costs)
+    rows = {row["method"]: row for row in result.arms if (row["length"], row["batch_size"]) == ("natural", 1)}
+    assert rows["lossless, cheap checks"]["identical"] == result.lossless["identical"] == 8
+    assert result.lossless["speedup"] == max(rows[name]["speedup"] for name in rows if name.startswith("lossless"))
+    may = ["lossy", *(name for name in ["lossy, cheap checks"] if (rows[name]["quality_ratio"] or 0) >= 0.99)]
+    assert result.lossy["speedup"] == max(rows[name]["speedup"] for name in may)
 
 
 def test_speed_is_told_against_the_fastest_exact_decoder_without_exits() -> None:
