@@ -26,8 +26,11 @@ from free_dist.decoding.static_cache import StaticPendingCache
 from free_dist.exits import ExitBank, ExitTransformer
 from free_dist.exits.gate import ExitChecks, FullHead
 
-LENGTHS = (1, 2, 4, 8, 16)
-"""Positions of a call that has a program; longer calls, such as reading a prompt, run operator by operator."""
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Positions of a call that has a program; longer calls, such as reading a prompt, run operator by operator.
+
+Verifying drafts takes calls of any length up to a dozen, and on a CPU every position that a call is padded with costs time.
+"""
 
 SLOT_MULTIPLE = 64
 """Caches have a multiple of so many slots, so that generations of similar length share programs and masks stay aligned."""
