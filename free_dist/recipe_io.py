@@ -90,11 +90,16 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, default: str = "bui
     parser.epilog = "\n\n".join(part for part in (parser.epilog, recipe_help()) if part)
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags ``--device`` and ``--dtype``: where a frozen model runs, and in which type."""
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--device``: where a frozen model runs."""
     parser.add_argument(
         "--device", default="cpu", help="where the model runs: cpu, cuda, cuda:1 (default: %(default)s)"
     )
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags ``--device`` and ``--dtype``: where a frozen model runs, and in which type."""
+    add_device_argument(parser)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16", "auto"), default="float32",
         help="type of the model's weights; auto is the checkpoint's own (default: %(default)s)",

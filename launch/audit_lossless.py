@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from free_dist.config import TASKS, MissingFileError
-from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.recipe_io import add_device_argument, add_recipe_arguments, fail_clearly, load_recipe
 
 
 def main() -> None:
@@ -23,9 +23,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=tasks, default=TASKS, metavar="TASK,...", help="default: all of %(default)s")
     parser.add_argument("--threshold", type=float, default=0.5, help="of drafts (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
-    parser.add_argument(
-        "--device", default="cpu", help="where the models run: cpu, cuda, cuda:1 (default: %(default)s)"
-    )
+    add_device_argument(parser)
     parser.add_argument("--samples", type=int, default=0, help="per task; 0 for all (default)")
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()

@@ -14,8 +14,6 @@ from pathlib import Path
 from free_dist.config import ConfigError, Recipe
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
 
-SPLITS = ("train", "calibration", "test")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,6 +31,7 @@ def fill(recipe: Recipe) -> None:
 
     from free_dist.backbones import FeatureLmBackbone
     from free_dist.data.pretrained import load_pretrained
+    from free_dist.data.shards import SPLITS
     from free_dist.data.stream import records
     from free_dist.data.visual_cache import VisualCache, make_cache
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from free_dist.config import ConfigError, MissingFileError, Recipe
-from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.recipe_io import add_device_argument, add_recipe_arguments, fail_clearly, load_recipe
 
 if TYPE_CHECKING:
     from free_dist.exits.check_files import FittedChecks
@@ -48,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=int, default=256, help="largest rank of the screen (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="training steps of the gates (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where the frozen model runs (default: %(default)s)")
+    add_device_argument(parser)
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):

@@ -125,6 +125,13 @@ def open_checkpoint(directory: str | Path, *, allow_pickle: bool = False) -> Che
     return Checkpoint(directory=directory, tensors=None)
 
 
+def stored_tensors(directory: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor of a directory's safetensors files by name; raises what :func:`open_checkpoint` raises, pickles included."""
+    tensors = open_checkpoint(directory).tensors
+    assert tensors is not None, "pickles are refused above"
+    return tensors
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The table of one safetensors file: name -> tensor, none of them read.
 

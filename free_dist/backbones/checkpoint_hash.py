@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from free_dist.backbones.base import Backbone
-from free_dist.backbones.checkpoint_files import INDEX, SINGLE, StoredTensor, open_checkpoint
-from free_dist.config import UserError
+from free_dist.backbones.checkpoint_files import INDEX, SINGLE, StoredTensor, stored_tensors
 
 FILES_PREFIX = "files:"
 """What a hash of files begins with, so that it is never taken for one of parameters."""
@@ -36,7 +35,7 @@ def checkpoint_hash(directory: str | Path, *, without: tuple[str, ...] = ()) -> 
     instructions, about 1.5 s per GB and thread; up to eight threads.  Raises MissingFileError or UserError for files that are
     missing, damaged, or pickles.
     """
-    stored = _stored(directory)
+    stored = stored_tensors(directory)
     names = sorted(name for name in stored if not name.startswith(without))
     with _opened(stored) as read, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         digests = pool.map(lambda name: hashlib.sha256(_bytes(read(name))).hexdigest(), names)  # outside Python's lock
@@ -64,7 +63,7 @@ def parameters_hash(module: nn.Module) -> str:
 def stored_dtype(directory: str | Path) -> str:
     """The type of most elements of a checkpoint, such as ``float32``; raises what :func:`checkpoint_hash` raises."""
     sizes: dict[torch.dtype, int] = {}
-    for tensor in _stored(directory).values():
+    for tensor in stored_tensors(directory).values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.shape.numel()
     return str(max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)).removeprefix("torch.")
 
@@ -81,7 +80,7 @@ def loaded_from(backbone: Backbone) -> Path | None:
     directory = Path(models[0].name_or_path)
     if not models[0].name_or_path or not has_safetensors(directory):
         return None
-    compared = list(_compare(models[0], _stored(directory)))
+    compared = list(_compare(models[0], stored_tensors(directory)))
     is_known = 2 * len(compared) >= len(list(models[0].parameters()))
     return directory if is_known and all(compared) else None
 
@@ -89,13 +88,6 @@ def loaded_from(backbone: Backbone) -> Path | None:
 def has_safetensors(directory: Path) -> bool:
     """Whether a checkpoint's weights are safetensors files, the only ones that have a hash."""
     return any((directory / name).is_file() for name in (SINGLE, INDEX))
-
-
-def _stored(directory: str | Path) -> dict[str, StoredTensor]:
-    tensors = open_checkpoint(directory).tensors
-    if tensors is None:  # pickles are refused above
-        raise UserError(f"{directory} holds no safetensors")
-    return tensors
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from free_dist.data.records import Question, Record
-from free_dist.data.shards import Manifest, is_intact, read_manifest, write_split
+from free_dist.data.shards import SPLITS, Manifest, is_intact, read_manifest, write_split
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -24,7 +24,7 @@ _NEGATED = re.compile(r"\b(not|no)\b")
 def prepare(root: Path) -> list[Manifest]:
     """Write the train, calibration and test splits under ``root``; an intact split is kept, a damaged one made again."""
     manifests = []
-    for split in ("train", "calibration", "test"):
+    for split in SPLITS:
         if is_intact(root, split):
             manifests.append(read_manifest(root, split))
             continue

@@ -6,17 +6,24 @@ Shards are copied as they are.  Does not know any data set, nor what its records
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from free_dist.atomic import write_atomically
 from free_dist.config import UserError
-from free_dist.data.shards import MANIFEST, SCHEMA_VERSION, Manifest, Shard, is_intact, read_manifest, shard_paths
+from free_dist.data.shards import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    SPLITS,
+    Manifest,
+    Shard,
+    is_intact,
+    read_manifest,
+    shard_paths,
+    write_manifest,
+)
 from free_dist.data.stream import records
-
-SPLITS = ("train", "calibration", "test")
 
 
 def prepare(root: Path, sources: Sequence[Path]) -> list[Manifest]:
@@ -69,7 +76,7 @@ def _join(root: Path, sources: Sequence[Path], split: str) -> Manifest:
     (directory / MANIFEST).unlink(missing_ok=True)  # a split that is being rewritten is not finished
     for path, shard in zip(paths, shards, strict=True):
         _copy(Path(path), directory / shard.name, shard)
-    write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    write_manifest(root, manifest)
     return manifest
 
 

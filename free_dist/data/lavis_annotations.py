@@ -15,7 +15,7 @@ from typing import Any
 
 from free_dist.config import MissingFileError, UserError
 from free_dist.data.records import Question, Record
-from free_dist.data.shards import Manifest, is_intact, read_manifest, write_split
+from free_dist.data.shards import SPLITS, Manifest, is_intact, read_manifest, write_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def prepare(dataset: str, annotations: Path, images: Path, root: Path) -> list[M
     """
     files = DATASETS[dataset]
     manifests = []
-    for split in ("train", "calibration", "test"):
+    for split in SPLITS:
         if is_intact(root, split):
             manifests.append(read_manifest(root, split))
             continue

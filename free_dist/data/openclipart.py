@@ -25,9 +25,8 @@ from PIL import Image
 
 from free_dist.config import MissingFileError, UserError
 from free_dist.data.records import Record
-from free_dist.data.shards import Manifest, is_intact, read_manifest, write_split
+from free_dist.data.shards import SPLITS, Manifest, is_intact, read_manifest, write_split
 
-SPLITS = ("train", "calibration", "test")
 PARTS = 20
 """Titles are spread over so many parts by their hash: one is the calibration split, one the test split."""
 
@@ -72,9 +71,8 @@ def prepare(root: Path, *, installed: Path = Path("/usr/share/openclipart")) -> 
     groups = grouped(titled_pictures(installed))
     manifests = []
     for split in SPLITS:
-        records = (record(paths, titles) for paths, titles in groups[split])
-        total = len(groups[split])
-        manifests.append(write_split(root, dataset="openclipart", split=split, records=records, total=total))
+        made = groups[split]
+        manifests.append(write_split(root, dataset="openclipart", split=split, records=made, total=len(made)))
     return manifests
 
 
@@ -117,12 +115,15 @@ def _titled(installed: Path) -> Iterator[Picture]:
             yield Picture(path, title)
 
 
-def grouped(pictures: Iterator[Picture]) -> dict[str, list[tuple[list[Path], list[str]]]]:
-    """Split -> (paths of one picture, its titles) in the order of first paths; titles that share a picture share a split."""
-    by_picture: dict[str, list[Picture]] = {}
+def grouped(pictures: Iterator[Picture]) -> dict[str, list[Record]]:
+    """Split -> one record a picture in the order of first paths; titles that share a picture share a split.
+
+    Holds all pictures as they are kept, some hundred MB.
+    """
+    # By what is kept: files that differ in what lies under transparent pixels are one picture.
+    by_image: dict[bytes, list[Picture]] = {}
     for picture in pictures:
-        # By what is kept: files that differ in what lies under transparent pixels are one picture.
-        by_picture.setdefault(hashlib.sha256(on_white(picture.path)).hexdigest(), []).append(picture)
+        by_image.setdefault(on_white(picture.path), []).append(picture)
     leader: dict[str, str] = {}
 
     def find(title: str) -> str:
@@ -130,14 +131,15 @@ def grouped(pictures: Iterator[Picture]) -> dict[str, list[tuple[list[Path], lis
             title = leader[title]
         return title
 
-    for same in by_picture.values():
+    for same in by_image.values():
         for picture in same:
             first, other = sorted((find(same[0].title), find(picture.title)))
             leader[other] = first
-    groups: dict[str, list[tuple[list[Path], list[str]]]] = {split: [] for split in SPLITS}
-    for same in by_picture.values():
-        titles = list(dict.fromkeys(picture.title for picture in same))
-        groups[split_of(find(titles[0]))].append(([picture.path for picture in same], titles))
+    groups: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    for image, same in by_image.items():
+        titles = tuple(dict.fromkeys(picture.title for picture in same))
+        digest = hashlib.sha256(same[0].path.read_bytes()).hexdigest()
+        groups[split_of(find(titles[0]))].append(Record(key=f"openclipart-{digest[:16]}", image=image, captions=titles))
     return groups
 
 
@@ -145,12 +147,6 @@ def split_of(title: str) -> str:
     """The split of a title and all its pictures."""
     part = int.from_bytes(hashlib.sha256(title.encode()).digest()[:8], "big") % PARTS
     return {0: "test", 1: "calibration"}.get(part, "train")
-
-
-def record(paths: list[Path], titles: list[str]) -> Record:
-    """One picture with its titles as captions."""
-    digest = hashlib.sha256(paths[0].read_bytes()).hexdigest()
-    return Record(key=f"openclipart-{digest[:16]}", image=on_white(paths[0]), captions=tuple(titles))
 
 
 def on_white(path: Path) -> bytes:

@@ -22,6 +22,8 @@ from free_dist.data.records import Record, record_from_json, record_json
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+SPLITS = ("train", "calibration", "test")
+"""Splits of a data set, in the order in which they are made."""
 
 
 class ShardError(UserError):
@@ -77,8 +79,13 @@ def write_split(
             flush()
     flush()
     manifest = Manifest(dataset=dataset, split=split, schema_version=SCHEMA_VERSION, shards=tuple(shards))
-    write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    write_manifest(root, manifest)
     return manifest
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Declare a split finished: its shards are there."""
+    write_atomically(root / manifest.split / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
 def read_manifest(root: Path, split: str) -> Manifest:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from free_dist.atomic import write_atomically
 from free_dist.backbones import Backbone, FeatureLmBackbone
-from free_dist.backbones.checkpoint_files import open_checkpoint
+from free_dist.backbones.checkpoint_files import stored_tensors
 from free_dist.backbones.checkpoint_hash import has_safetensors
 from free_dist.config import DataConfig, MissingFileError, UserError
 from free_dist.data.samples import SampleEncoder
@@ -135,7 +135,7 @@ def _vision_hash(backbone: FeatureLmBackbone) -> str:
     model = backbone.model
     stored = None
     if model.name_or_path and has_safetensors(Path(model.name_or_path)):
-        stored = open_checkpoint(model.name_or_path).tensors
+        stored = stored_tensors(model.name_or_path)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.vision_model.named_parameters(prefix="vision_model")):
         tensor = parameter.detach().cpu() if stored is None else stored[name].read()

@@ -10,24 +10,22 @@ Shape letters: I images, Q query tokens, D width of the language model, V vocabu
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import Recipe, UserError
 from free_dist.data.records import Record
 from free_dist.data.samples import SampleEncoder
 from free_dist.data.stream import records
-from free_dist.training.schedule import warmup_cosine
+from free_dist.training.pretraining import distinctive, labelled_images, train_alone
+from free_dist.training.vision import given_answers
 
 SHARPNESS = 20.0
 """Cosines between a projection and embeddings are multiplied by it before the softmax."""
@@ -61,25 +59,19 @@ def pretrain_connector(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: 
     trained = [model.query_tokens, *model.qformer.parameters(), *model.language_projection.parameters()]
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        trained, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-    )
-    factor = warmup_cosine(warmup_steps=max(1, steps // 10), max_steps=steps)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    batches = _images_and_words(encoder, recipe, {word: place[token] for word, token in tokens.items()})
-    progress = tqdm(range(steps), desc="connector", mininterval=1.0)
-    for _ in progress:
+    known = {word: place[token] for word, token in tokens.items()}
+    batches = labelled_images(encoder, recipe, "connector", lambda record: _words_present(record, known))
+
+    def next_losses() -> dict[str, Tensor]:
         images, present = next(batches)
-        loss = word_loss(backbone.prefix_from_patches(backbone.encode_patches(images)), embedded[rows], present)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, settings.grad_clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return {
+            "loss": word_loss(backbone.prefix_from_patches(backbone.encode_patches(images)), embedded[rows], present)
+        }
+
+    loss = train_alone(trained, next_losses, settings, steps=steps, description="connector")
     for parameter in trained:
         parameter.requires_grad_(False)
-    return loss.item()
+    return loss
 
 
 def word_loss(prefix: Tensor, embedded: Tensor, present: Sequence[Sequence[int]]) -> Tensor:
@@ -99,7 +91,7 @@ def word_loss(prefix: Tensor, embedded: Tensor, present: Sequence[Sequence[int]]
 def record_words(record: Record) -> set[str]:
     """The answers given of an image, or the words of its captions where nothing was asked; in lower case."""
     if record.questions:
-        return {answer.lower() for question in record.questions for answer in question.answers}
+        return {answer.lower() for answer in given_answers(record)}
     return {word for caption in record.captions for word in WORD.findall(caption.lower())}
 
 
@@ -108,31 +100,12 @@ def word_tokens(encoder: SampleEncoder, all_records: Iterable[Record]) -> dict[s
 
     Raises UserError if there are none.
     """
-    images = 0
-    counts: Counter[str] = Counter()
-    for record in all_records:
-        images += 1
-        counts.update(record_words(record))
-    found = sorted(word for word, count in counts.items() if count < images / 2)
+    found = distinctive(record_words(record) for record in all_records)
     if not found:
         raise UserError("data.root: no word belongs to fewer than half of the images; set finetune.vision_steps=0")
     return {word: encoder.tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in found}
 
 
-def _images_and_words(
-    encoder: SampleEncoder, recipe: Recipe, rows: dict[str, int]
-) -> Iterator[tuple[Tensor, list[list[int]]]]:
-    """Endless batches: images as the encoder has them, and the rows of each one's words."""
-    images: list[Tensor] = []
-    present: list[list[int]] = []
-    for epoch in itertools.count():
-        shuffle = (f"{recipe.training.seed}/connector/{epoch}", recipe.data.shuffle_buffer)
-        for record in records(Path(recipe.data.root), "train", shuffle=shuffle):
-            words = sorted(record_words(record) & rows.keys())
-            if not words:
-                continue
-            images.append(encoder.encode_image(record.image))
-            present.append([rows[word] for word in words])
-            if len(images) == recipe.finetune.batch_size:
-                yield torch.stack(images), present
-                images, present = [], []
+def _words_present(record: Record, rows: dict[str, int]) -> list[int] | None:
+    """The rows of an image's words, in the order of the words; None without any."""
+    return [rows[word] for word in sorted(record_words(record) & rows.keys())] or None

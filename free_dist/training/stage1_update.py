@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from free_dist.atomic import replaced_directory
-from free_dist.backbones.checkpoint_files import StoredTensor, open_checkpoint
+from free_dist.backbones.checkpoint_files import stored_tensors
 from free_dist.backbones.checkpoint_hash import checkpoint_hash
 from free_dist.backbones.loading import load_model
 from free_dist.config import MissingFileError, UserError
@@ -39,8 +39,8 @@ def save_update(start: Path, backbone: Path, adapter: Path, directory: Path) -> 
         raise MissingFileError(
             f"{adapter / ADAPTER_WEIGHTS} does not exist: stage 1 writes it with finetune.keep_adapter=true"
         )
-    connector = {name: tensor.read() for name, tensor in _stored(backbone).items() if name.startswith(PREFIXES)}
-    if connector.keys() != {name for name in _stored(start) if name.startswith(PREFIXES)}:
+    connector = {name: tensor.read() for name, tensor in stored_tensors(backbone).items() if name.startswith(PREFIXES)}
+    if connector.keys() != {name for name in stored_tensors(start) if name.startswith(PREFIXES)}:
         raise UserError(f"{backbone} and {start} have other weights in Q-Former and projection: not made of each other")
     settings = json.loads((adapter / ADAPTER_CONFIG).read_text())
     settings["base_model_name_or_path"] = None  # where it lay is nobody's business
@@ -81,13 +81,6 @@ def apply_update(start: Path, update: Path, directory: Path) -> None:
 def frozen_hash(start: Path) -> str:
     """The hash of what stage 1 leaves as it is, before LoRA; the untrained connector's random numbers do not matter."""
     return checkpoint_hash(start, without=PREFIXES)
-
-
-def _stored(directory: Path) -> dict[str, StoredTensor]:
-    tensors = open_checkpoint(directory).tensors
-    if tensors is None:
-        raise UserError(f"{directory} holds pickles: convert it to safetensors")
-    return tensors
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:

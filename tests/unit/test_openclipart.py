@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from free_dist.config import MissingFileError
-from free_dist.data.openclipart import SHARED, SPLITS, clean_title, prepare, split_of
-from free_dist.data.shards import read_manifest
+from free_dist.data.openclipart import SHARED, clean_title, prepare, split_of
+from free_dist.data.shards import SPLITS, read_manifest
 from free_dist.data.stream import records
 
 SVG = "<svg><metadata><dc:title>{title}</dc:title><dc:publisher><dc:title>Library</dc:title></dc:publisher></metadata></svg>"
