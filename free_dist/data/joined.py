@@ -6,14 +6,23 @@ Shards are copied as they are.  Does not know any data set, nor what its records
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from free_dist.atomic import write_atomically
 from free_dist.config import UserError
-from free_dist.data.shards import MANIFEST, SCHEMA_VERSION, Manifest, Shard, is_intact, read_manifest, shard_paths
+from free_dist.data.leaks import LeakGuard
+from free_dist.data.shards import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    Manifest,
+    Shard,
+    is_intact,
+    read_manifest,
+    shard_paths,
+    write_manifest,
+)
 from free_dist.data.stream import records
 
 SPLITS = ("train", "calibration", "test")
@@ -36,7 +45,7 @@ def prepare(root: Path, sources: Sequence[Path]) -> list[Manifest]:
 def check_no_leak(sources: Sequence[Path], splits: Sequence[str]) -> None:
     """Raise UserError, naming both places, if a key is used twice or the bytes of an image stand in two splits."""
     keys: dict[str, str] = {}
-    images: dict[str, tuple[str, str]] = {}
+    guard = LeakGuard()
     for split in splits:
         for source in sources:
             for record in records(source, split):
@@ -44,9 +53,7 @@ def check_no_leak(sources: Sequence[Path], splits: Sequence[str]) -> None:
                 if record.key in keys:
                     raise UserError(f"{place} is also in {keys[record.key]}: a key must name one record")
                 keys[record.key] = str(source / split)
-                other = images.setdefault(hashlib.sha256(record.image).hexdigest(), (split, place))
-                if other[0] != split:
-                    raise UserError(f"the image of {place} is that of {other[1]}: a split leaks into another")
+                guard.refuse(hashlib.sha256(record.image).hexdigest(), split, place)
 
 
 def _join(root: Path, sources: Sequence[Path], split: str) -> Manifest:
@@ -69,7 +76,7 @@ def _join(root: Path, sources: Sequence[Path], split: str) -> Manifest:
     (directory / MANIFEST).unlink(missing_ok=True)  # a split that is being rewritten is not finished
     for path, shard in zip(paths, shards, strict=True):
         _copy(Path(path), directory / shard.name, shard)
-    write_atomically(directory / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    write_manifest(root, manifest)
     return manifest
 
 

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import html
-import io
 import math
 import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
-from free_dist.config import MissingFileError, UserError
+from free_dist.config import MissingFileError
+from free_dist.data.conversion import ConversionOptions, Draft, SplitSource, convert
+from free_dist.data.pictures import on_white
 from free_dist.data.records import Record
-from free_dist.data.shards import Manifest, is_intact, read_manifest, write_split
+from free_dist.data.shards import Manifest, is_intact, read_manifest
 
 SPLITS = ("train", "calibration", "test")
 PARTS = 20
@@ -36,9 +36,6 @@ MOST_PIXELS = 16_000_000
 
 PNG_SIZE = struct.Struct(">16xII")
 """Where a PNG file says its width and height."""
-
-LARGEST = 448
-"""Pixels of the longer side of a re-encoded picture; vision networks read no more."""
 
 MAX_WORDS = 10
 
@@ -63,19 +60,20 @@ class Picture:
     title: str
 
 
-def prepare(root: Path, *, installed: Path = Path("/usr/share/openclipart")) -> list[Manifest]:
+def prepare(
+    root: Path, *, installed: Path = Path("/usr/share/openclipart"), options: ConversionOptions | None = None
+) -> list[Manifest]:
     """Write the three splits under ``root`` from the packages' files; an intact split is kept, a damaged one made again."""
     if not (installed / "png").is_dir() or not (installed / "svg").is_dir():
         raise MissingFileError(f"{installed} has no png and svg: apt-get install openclipart-png openclipart-svg")
     if all(is_intact(root, split) for split in SPLITS):
         return [read_manifest(root, split) for split in SPLITS]
     groups = grouped(titled_pictures(installed))
-    manifests = []
-    for split in SPLITS:
-        records = (record(paths, titles) for paths, titles in groups[split])
-        total = len(groups[split])
-        manifests.append(write_split(root, dataset="openclipart", split=split, records=records, total=total))
-    return manifests
+    sources = [
+        SplitSource(split=split, drafts=partial(_drafts, groups[split]), total=len(groups[split]), may_be_empty=True)
+        for split in SPLITS
+    ]
+    return convert(root, "openclipart", sources, replace(options or ConversionOptions(), read=on_white))
 
 
 def clean_title(raw: str) -> str | None:
@@ -147,25 +145,7 @@ def split_of(title: str) -> str:
     return {0: "test", 1: "calibration"}.get(part, "train")
 
 
-def record(paths: list[Path], titles: list[str]) -> Record:
-    """One picture with its titles as captions."""
-    digest = hashlib.sha256(paths[0].read_bytes()).hexdigest()
-    return Record(key=f"openclipart-{digest[:16]}", image=on_white(paths[0]), captions=tuple(titles))
-
-
-def on_white(path: Path) -> bytes:
-    """The picture as encoded, or on white, and no larger than ``LARGEST``, where it has transparency."""
-    content = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            if picture.mode in ("RGB", "L"):
-                return content
-            drawn = picture.convert("RGBA")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a PNG picture ({error}): install the package again") from error
-    drawn.thumbnail((LARGEST, LARGEST))
-    page = Image.new("RGBA", drawn.size, "white")
-    page.alpha_composite(drawn)
-    written = io.BytesIO()
-    page.convert("RGB").save(written, "PNG")
-    return written.getvalue()
+def _drafts(groups: list[tuple[list[Path], list[str]]]) -> Iterator[Draft]:
+    for paths, titles in groups:
+        digest = hashlib.sha256(paths[0].read_bytes()).hexdigest()
+        yield Draft(record=Record(key=f"openclipart-{digest[:16]}", image=b"", captions=tuple(titles)), image=paths[0])
