@@ -118,10 +118,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def convert(arguments: argparse.Namespace) -> list[Manifest]:
     """Run the conversion that the arguments describe."""
-    from free_dist.data import easyvqa, joined, openclipart, published, stamps
     from free_dist.data.conversion import ConversionOptions
 
     if arguments.dataset == "joined":
+        from free_dist.data import joined
+
         return joined.prepare(arguments.out, arguments.sources)
     options = ConversionOptions(
         workers=arguments.workers,
@@ -129,6 +130,8 @@ def convert(arguments: argparse.Namespace) -> list[Manifest]:
         drop_leaks=arguments.drop_leaks,
     )
     if arguments.dataset in PUBLISHED:
+        from free_dist.data import published
+
         return published.prepare(
             arguments.dataset,
             arguments.annotations,
@@ -138,6 +141,8 @@ def convert(arguments: argparse.Namespace) -> list[Manifest]:
             withheld=arguments.withheld,
             options=options,
         )
+    from free_dist.data import easyvqa, openclipart, stamps
+
     packaged = {"easyvqa": easyvqa.prepare, "openclipart": openclipart.prepare, "stamps": stamps.prepare}
     return packaged[arguments.dataset](arguments.out, options=options)
 

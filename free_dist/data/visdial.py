@@ -1,9 +1,9 @@
 """Converter of VisDial 1.0: ``visdial_1.0_{train,val,test}.json`` and the dense annotations.
 
 The train dialogues are our train split but for every twentieth, which is calibration; val, on which papers report because the
-test answers are withheld, is our test split, and test the withheld one.  Questions and answers stand once in lists of their own, to
-which dialogues point; a record spells them out.  The caption that opens a dialogue is the record's caption.  Dense annotations
-judge the candidates of one round a dialogue; ``round_id`` counts from 1.
+test answers are withheld, is our test split, and test the withheld one.  Questions and answers stand once in lists of their
+own, to which dialogues point; a record spells them out.  The caption that opens a dialogue is the record's caption.  Dense
+annotations judge the candidates of one round a dialogue; ``round_id`` counts from 1.
 
 Images lie in ``train2014`` and ``val2014`` (COCO's, for train), ``VisualDialog_val2018`` and ``VisualDialog_test2018``.
 Does not know prompts, tokens or streams.
