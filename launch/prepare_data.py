@@ -48,6 +48,8 @@ testdev -> test; --withheld: test_balanced_questions.json -> withheld.  Images: 
 val -> test; --withheld: visdial_1.0_test.json -> withheld.  Dense annotations are added where their files lie beside them:
 visdial_1.0_val_dense_annotations.json, visdial_1.0_train_dense_sample.json.
 Images: train2014, val2014 (COCO's), VisualDialog_val2018, VisualDialog_test2018 under --images.""",
+    "vg": """Visual Genome: question_answers.json, region_descriptions.json (as captions), image_data.json: all -> train but for
+every 20th image -> calibration; no test split.  Images: VG_100K, VG_100K_2 under --images.""",
 }
 """Converted from annotation files and a folder of images: what --help says of each."""
 

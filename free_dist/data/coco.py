@@ -48,7 +48,9 @@ def captions_by_image(path: Path) -> dict[int, list[str]]:
     captions: dict[int, list[str]] = {}
     for place, entry in enumerate(items(path, "annotations.item")):
         where = f"{path}, annotation {place}"
-        captions.setdefault(number(entry, "image_id", where), []).append(text(entry, "caption", where))
+        of_image = captions.setdefault(number(entry, "image_id", where), [])
+        if said := text(entry, "caption", where, may_be_blank=True):  # a blank caption is none
+            of_image.append(said)
     return captions
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from free_dist.config import MissingFileError, UserError
-from free_dist.data import coco, gqa, lavis_annotations, nocaps, visdial, vqa
+from free_dist.data import coco, gqa, lavis_annotations, nocaps, visdial, visual_genome, vqa
 from free_dist.data.conversion import ConversionOptions, SplitSource, convert
 from free_dist.data.published_files import opens_with
 from free_dist.data.shards import Manifest
@@ -75,6 +75,7 @@ LAYOUTS: dict[str, dict[str, Layout]] = {
     "visdial": {
         "official": Layout(files=tuple(visdial.FILE.format(part) for part in ("train", "val")), sources=visdial.sources)
     },
+    "vg": {"official": Layout(files=visual_genome.FILES, sources=visual_genome.sources, opens_with="[")},
 }
 
 

@@ -61,10 +61,13 @@ def opens_with(path: Path) -> str:
         return str(file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n")[:1].decode(errors="replace"))
 
 
-def text(entry: dict[str, Any], name: str, where: str) -> str:
-    """A field that must be text and say something, without white space around it; ``where`` begins the complaint."""
+def text(entry: dict[str, Any], name: str, where: str, *, may_be_blank: bool = False) -> str:
+    """A field that must be text, without white space around it, and say something unless ``may_be_blank``.
+
+    ``where`` begins the complaint.
+    """
     value = entry.get(name)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (may_be_blank or value.strip()):
         raise UserError(f"{where}: {name}={value!r:.60}: want text")
     return value.strip()
 

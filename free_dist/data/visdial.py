@@ -94,7 +94,7 @@ def _drafts(annotations: Path, folders: ImageFolders, part: str) -> Iterator[Dra
             key=key_of("visdial", image),
             image=b"",
             image_id=str(image_id),
-            captions=(text(entry, "caption", where),),
+            captions=tuple(filter(None, [text(entry, "caption", where, may_be_blank=True)])),
             dialogue=tuple(turns),
         )
         # Images of val and test are not COCO's: their ids are told apart by the names of the files.

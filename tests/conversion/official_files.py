@@ -92,7 +92,8 @@ def coco_captions(annotations: Path, year: int) -> None:
                 # Captions of an image do not stand together in the official files.
                 "annotations": [
                     {"image_id": n, "id": 10 * n + i, "caption": f"Caption {i} of {n}. "} for i in range(5) for n in ids
-                ],
+                ]
+                + [{"image_id": ids[0], "id": 1, "caption": "\n"}],
             },
         )
 
@@ -275,3 +276,53 @@ def nocaps(annotations: Path, images: Path) -> None:
                 for c in range(10)
             ]
         place(annotations / file, content)
+
+
+def visual_genome(annotations: Path, images: Path) -> None:
+    """``image_data.json``, ``region_descriptions.json``, ``question_answers.json``; odd images lie in the second folder."""
+    ids = part_ids("train")
+    for n in ids:
+        place(images / ("VG_100K_2" if n % 2 else "VG_100K") / f"{n}.jpg", jpeg(n))
+    box = {"x": 1, "y": 2, "width": 3, "height": 4}
+    place(
+        annotations / "image_data.json",
+        [
+            {
+                "image_id": n,
+                "url": f"https://cs.stanford.edu/people/rak248/VG_100K_2/{n}.jpg",
+                "width": 40,
+                "height": 30,
+                "coco_id": n if n % 3 else None,
+                "flickr_id": None,
+            }
+            for n in ids
+        ],
+    )
+    place(
+        annotations / "region_descriptions.json",
+        [
+            {
+                "id": n,
+                "regions": [
+                    {"region_id": 10 * n + i, "image_id": n, "phrase": f"the clock {i // 2} is green ", **box}
+                    for i in range(3)
+                ]
+                + [{"region_id": 1, "image_id": n, "phrase": " ", **box}],
+            }
+            for n in ids
+        ],
+    )
+    asked = {"a_objects": [], "q_objects": [{"object_id": 5, "names": ["clock"], "synsets": ["clock.n.01"], **box}]}
+    place(
+        annotations / "question_answers.json",
+        [
+            {
+                "id": n,
+                "qas": [
+                    {"question": f"What is {n}?", "image_id": n, "qa_id": 100 * n + i, "answer": "Green.", **asked}
+                    for i in range(n % 3)
+                ],
+            }
+            for n in reversed(ids)
+        ],
+    )

@@ -14,7 +14,7 @@ from free_dist.data.published import LAYOUTS
 from free_dist.data.shards import read_manifest
 
 REPOSITORY = Path(__file__).parents[2]
-NAMES = ("coco", "nocaps", "vqav2", "okvqa", "gqa", "visdial", "stamps", "openclipart", "easyvqa", "joined")
+NAMES = ("coco", "nocaps", "vqav2", "okvqa", "gqa", "visdial", "vg", "stamps", "openclipart", "easyvqa", "joined")
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,20 @@ def test_visdial_spells_out_what_its_dialogues_point_to(annotations: Path, image
         assert last.answer is None and last.gold is None and len(last.candidates) == 100
 
 
+def test_visual_genome_is_train_and_calibration_alone(annotations: Path, images: Path, tmp_path: Path) -> None:
+    official.visual_genome(annotations, images)
+    found = converted("vg", annotations, images, tmp_path / "data")
+    assert {split: ids(part) for split, part in found.items()} == {"train": REST, "calibration": CALIBRATION}
+    for record in (*found["train"], *found["calibration"]):
+        n = int(record.image_id or "")
+        assert record.captions == ("the clock 0 is green", "the clock 1 is green")  # people repeat themselves
+        assert [question.question_id for question in record.questions] == [str(100 * n + i) for i in range(n % 3)]
+        assert all(question.answers == ("Green.",) for question in record.questions)
+        assert record.image == official.jpeg(n)
+    with pytest.raises(UserError, match="--withheld: Visual Genome withholds no answers"):
+        prepare("vg", annotations, images, tmp_path / "data", withheld=True)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
