@@ -248,6 +248,18 @@ def test_layouts_are_told_by_their_files(annotations: Path) -> None:
         layout_of("coco", annotations, "paper")
 
 
+def test_lavis_files_are_told_by_themselves(annotations: Path, images: Path, tmp_path: Path) -> None:
+    official.coco_images(images, "val2014")
+    listed = [{"image": f"val2014/{official.coco_name('val2014', n)}", "caption": [f"about {n}"]} for n in VAL]
+    for split, part in (("train", listed[:3]), ("val", listed[3:5]), ("test", listed[5:])):
+        official.place(annotations / f"coco_karpathy_{split}.json", part)
+    found = converted("coco", annotations, images, tmp_path / "data")
+    assert [record.captions for part in found.values() for record in part] == [(f"about {n}",) for n in VAL]
+    assert [len(part) for part in found.values()] == [3, 2, 1]
+    with pytest.raises(UserError, match="--withheld: LAVIS's files of coco have no split without answers"):
+        prepare("coco", annotations, images, tmp_path / "data", withheld=True)
+
+
 def test_a_file_that_was_cut_off_or_is_another_is_named(annotations: Path, images: Path, tmp_path: Path) -> None:
     official.nocaps(annotations, images)
     path = annotations / "nocaps_val_4500_captions.json"
