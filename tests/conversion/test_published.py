@@ -172,6 +172,19 @@ def test_visual_genome_is_train_and_calibration_alone(annotations: Path, images:
         prepare("vg", annotations, images, tmp_path / "data", withheld=True)
 
 
+def test_visdials_own_images_may_have_ids_that_coco_has_too(annotations: Path, images: Path, tmp_path: Path) -> None:
+    official.visdial(annotations, images)
+    path = annotations / "visdial_1.0_val.json"
+    content = json.loads(path.read_text())
+    content["data"]["dialogs"][0]["image_id"] = TRAIN[5]
+    official.place(path, content)
+    (annotations / "visdial_1.0_val_dense_annotations.json").unlink()
+    name = f"VisualDialog_val2018_{TRAIN[5]:012d}.jpg"
+    official.place(images / "VisualDialog_val2018" / name, official.jpeg(9000))
+    found = converted("visdial", annotations, images, tmp_path / "data")
+    assert found["test"][0].image_id == str(TRAIN[5]) and found["test"][0].image == official.jpeg(9000)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
