@@ -7,19 +7,30 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` under a temporary name beside ``path``, fsync, rename: a crash leaves the old file or the new one."""
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name beside ``path`` to write into, which then takes the place of ``path``.
+
+    It is on disk before it is renamed: a crash leaves the old file or the new one; an error inside leaves the old one.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` under a temporary name beside ``path``, fsync, rename: a crash leaves the old file or the new one."""
+    with replaced_file(path) as file:
+        file.write(content)
 
 
 @contextmanager

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+from free_dist.data.conversion import ConversionOptions, Draft, SplitSource, convert
 from free_dist.data.records import Question, Record
-from free_dist.data.shards import SPLITS, Manifest, is_intact, read_manifest, write_split
+from free_dist.data.shards import SPLITS, Manifest, is_intact, read_manifest
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -21,17 +24,13 @@ CALIBRATION_EVERY = 10
 _NEGATED = re.compile(r"\b(not|no)\b")
 
 
-def prepare(root: Path) -> list[Manifest]:
+def prepare(root: Path, *, options: ConversionOptions | None = None) -> list[Manifest]:
     """Write the train, calibration and test splits under ``root``; an intact split is kept, a damaged one made again."""
-    manifests = []
-    for split in SPLITS:
-        if is_intact(root, split):
-            manifests.append(read_manifest(root, split))
-            continue
-        image_ids, paths, questions = _published(split)
-        records = (_record(split, i, paths[i], questions[i]) for i in image_ids)
-        manifests.append(write_split(root, dataset="easyvqa", split=split, records=records, total=len(image_ids)))
-    return manifests
+    if all(is_intact(root, split) for split in SPLITS):
+        return [read_manifest(root, split) for split in SPLITS]
+    return convert(
+        root, "easyvqa", [SplitSource(split=split, drafts=partial(_drafts, split)) for split in SPLITS], options
+    )
 
 
 def known_facts(questions: list[tuple[str, str]]) -> tuple[str | None, str | None]:
@@ -82,11 +81,14 @@ def _published(split: str) -> tuple[list[int], dict[int, str], dict[int, list[tu
     return image_ids, paths, questions
 
 
-def _record(split: str, image_id: int, path: str, questions: list[tuple[str, str]]) -> Record:
+def _drafts(split: str) -> Iterator[Draft]:
+    image_ids, paths, questions = _published(split)
     official_split = "test" if split == "test" else "train"
-    return Record(
-        key=f"{official_split}-{image_id:05d}",
-        image=Path(path).read_bytes(),
-        questions=tuple(Question(question=question, answers=(answer,)) for question, answer in questions),
-        captions=captions_from_answers(questions),
-    )
+    for image_id in image_ids:
+        record = Record(
+            key=f"{official_split}-{image_id:05d}",
+            image=b"",
+            questions=tuple(Question(question=question, answers=(answer,)) for question, answer in questions[image_id]),
+            captions=captions_from_answers(questions[image_id]),
+        )
+        yield Draft(record=record, image=Path(paths[image_id]))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from free_dist.atomic import write_atomically
 from free_dist.config import UserError
+from free_dist.data.leaks import LeakGuard
 from free_dist.data.shards import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -43,7 +44,7 @@ def prepare(root: Path, sources: Sequence[Path]) -> list[Manifest]:
 def check_no_leak(sources: Sequence[Path], splits: Sequence[str]) -> None:
     """Raise UserError, naming both places, if a key is used twice or the bytes of an image stand in two splits."""
     keys: dict[str, str] = {}
-    images: dict[str, tuple[str, str]] = {}
+    guard = LeakGuard()
     for split in splits:
         for source in sources:
             for record in records(source, split):
@@ -51,9 +52,7 @@ def check_no_leak(sources: Sequence[Path], splits: Sequence[str]) -> None:
                 if record.key in keys:
                     raise UserError(f"{place} is also in {keys[record.key]}: a key must name one record")
                 keys[record.key] = str(source / split)
-                other = images.setdefault(hashlib.sha256(record.image).hexdigest(), (split, place))
-                if other[0] != split:
-                    raise UserError(f"the image of {place} is that of {other[1]}: a split leaks into another")
+                guard.refuse(hashlib.sha256(record.image).hexdigest(), split, place)
 
 
 def _join(root: Path, sources: Sequence[Path], split: str) -> Manifest:

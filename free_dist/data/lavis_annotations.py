@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from free_dist.config import MissingFileError, UserError
+from free_dist.data.conversion import ConversionOptions, Draft, SplitSource, convert
+from free_dist.data.published_files import every_nth
 from free_dist.data.records import Question, Record
-from free_dist.data.shards import SPLITS, Manifest, is_intact, read_manifest, write_split
+from free_dist.data.shards import SPLITS, Manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,30 +53,35 @@ class _Said:
     captions: list[str] = field(default_factory=list)
 
 
-def prepare(dataset: str, annotations: Path, images: Path, root: Path) -> list[Manifest]:
-    """Write the splits of ``dataset`` (a name in ``DATASETS``) under ``root``; an intact split is kept.
+def prepare(
+    dataset: str, annotations: Path, images: Path, root: Path, options: ConversionOptions | None = None
+) -> list[Manifest]:
+    """Write the splits of ``dataset`` (a name in ``DATASETS``) under ``root``, or keep the shards that are there.
 
     ``annotations`` holds LAVIS's JSON files; the image paths in them are relative to ``images``.  Raises MissingFileError or
     UserError for files that are missing or not as LAVIS writes them, and for a missing image.
     """
+    return convert(root, dataset, sources(dataset, annotations, images), options)
+
+
+def sources(dataset: str, annotations: Path, images: Path, withheld: bool = False) -> list[SplitSource]:
+    """The splits of ``dataset``, a name in ``DATASETS``; its withheld answers are not among LAVIS's files."""
+    if withheld:
+        raise UserError(f"--withheld: LAVIS's files of {dataset} have no split without answers; use the official files")
     files = DATASETS[dataset]
-    manifests = []
-    for split in SPLITS:
-        if is_intact(root, split):
-            manifests.append(read_manifest(root, split))
-            continue
-        said = _gather(annotations / name for name in _names(files, split))
-        if split != "test" and files.calibration_every:
-            wanted = split == "calibration"
-            said = {
-                image: what
-                for n, (image, what) in enumerate(said.items())
-                if (n % files.calibration_every == 0) == wanted
-            }
-        if said:
-            records = _records(said, images)
-            manifests.append(write_split(root, dataset=dataset, split=split, records=records, total=len(said)))
-    return manifests
+    every = files.calibration_every
+    for name in (*files.train, *files.calibration, *files.test):
+        _check_exists(annotations / name)
+
+    @cache
+    def read(names: tuple[str, ...]) -> dict[str, _Said]:
+        return _gather(annotations / name for name in names)
+
+    def drafts(split: str) -> Iterator[Draft]:
+        found = _drafts(read(_names(files, split)), images)
+        return found if split == "test" or not every else every_nth(found, kept=split == "calibration", n=every)
+
+    return [SplitSource(split=split, drafts=partial(drafts, split)) for split in SPLITS if _names(files, split)]
 
 
 def lavis_records(annotations: Sequence[Path], images: Path) -> Iterator[Record]:
@@ -81,7 +89,8 @@ def lavis_records(annotations: Sequence[Path], images: Path) -> Iterator[Record]
 
     Raises MissingFileError and UserError as :func:`prepare` does.
     """
-    return _records(_gather(annotations), images)
+    for draft in _drafts(_gather(annotations), images):
+        yield replace(draft.record, image=draft.image.read_bytes())
 
 
 def _names(files: AnnotationFiles, split: str) -> tuple[str, ...]:
@@ -105,8 +114,7 @@ def _gather(paths: Iterable[Path]) -> dict[str, _Said]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist; LAVIS downloads it into its annotations folder")
+    _check_exists(path)
     try:
         entries = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -114,6 +122,11 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise UserError(f"{path}: want a list of entries, as in LAVIS's annotation files")
     return entries
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise MissingFileError(f"{path} does not exist; LAVIS downloads it into its annotations folder")
 
 
 def _text(entry: dict[str, Any], name: str, where: str) -> str:
@@ -144,14 +157,13 @@ def _captions(entry: dict[str, Any], where: str) -> list[str]:
     return [caption.strip() for caption in captions]
 
 
-def _records(said: dict[str, _Said], images: Path) -> Iterator[Record]:
+def _drafts(said: dict[str, _Said], images: Path) -> Iterator[Draft]:
     for image, about in said.items():
         path = images / image
         if not path.is_file():
             raise MissingFileError(f"{path} does not exist; name the folder that {image} lies under")
-        yield Record(
-            key=_key(image), image=path.read_bytes(), questions=tuple(about.questions), captions=tuple(about.captions)
-        )
+        record = Record(key=_key(image), image=b"", questions=tuple(about.questions), captions=tuple(about.captions))
+        yield Draft(record=record, image=path)
 
 
 def _key(image: str) -> str:

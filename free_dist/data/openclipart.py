@@ -12,20 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import html
-import io
 import math
 import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
-from free_dist.config import MissingFileError, UserError
+from free_dist.config import MissingFileError
+from free_dist.data.conversion import ConversionOptions, Draft, SplitSource, convert
+from free_dist.data.pictures import on_white
 from free_dist.data.records import Record
-from free_dist.data.shards import SPLITS, Manifest, is_intact, read_manifest, write_split
+from free_dist.data.shards import SPLITS, Manifest, is_intact, read_manifest
 
 PARTS = 20
 """Titles are spread over so many parts by their hash: one is the calibration split, one the test split."""
@@ -35,9 +35,6 @@ MOST_PIXELS = 16_000_000
 
 PNG_SIZE = struct.Struct(">16xII")
 """Where a PNG file says its width and height."""
-
-LARGEST = 448
-"""Pixels of the longer side of a re-encoded picture; vision networks read no more."""
 
 MAX_WORDS = 10
 
@@ -62,18 +59,30 @@ class Picture:
     title: str
 
 
-def prepare(root: Path, *, installed: Path = Path("/usr/share/openclipart")) -> list[Manifest]:
+@dataclass(frozen=True)
+class Drawn:
+    """One picture as it is kept."""
+
+    path: Path
+    """The first file that looks like this."""
+    titles: tuple[str, ...]
+    image: bytes
+
+
+def prepare(
+    root: Path, *, installed: Path = Path("/usr/share/openclipart"), options: ConversionOptions | None = None
+) -> list[Manifest]:
     """Write the three splits under ``root`` from the packages' files; an intact split is kept, a damaged one made again."""
     if not (installed / "png").is_dir() or not (installed / "svg").is_dir():
         raise MissingFileError(f"{installed} has no png and svg: apt-get install openclipart-png openclipart-svg")
     if all(is_intact(root, split) for split in SPLITS):
         return [read_manifest(root, split) for split in SPLITS]
     groups = grouped(titled_pictures(installed))
-    manifests = []
-    for split in SPLITS:
-        made = groups[split]
-        manifests.append(write_split(root, dataset="openclipart", split=split, records=made, total=len(made)))
-    return manifests
+    sources = [
+        SplitSource(split=split, drafts=partial(_drafts, groups[split]), total=len(groups[split]), may_be_empty=True)
+        for split in SPLITS
+    ]
+    return convert(root, "openclipart", sources, options)
 
 
 def clean_title(raw: str) -> str | None:
@@ -115,8 +124,8 @@ def _titled(installed: Path) -> Iterator[Picture]:
             yield Picture(path, title)
 
 
-def grouped(pictures: Iterator[Picture]) -> dict[str, list[Record]]:
-    """Split -> one record a picture in the order of first paths; titles that share a picture share a split.
+def grouped(pictures: Iterator[Picture]) -> dict[str, list[Drawn]]:
+    """Split -> its pictures in the order of first paths; titles that share a picture share a split.
 
     Holds all pictures as they are kept, some hundred MB.
     """
@@ -135,11 +144,10 @@ def grouped(pictures: Iterator[Picture]) -> dict[str, list[Record]]:
         for picture in same:
             first, other = sorted((find(same[0].title), find(picture.title)))
             leader[other] = first
-    groups: dict[str, list[Record]] = {split: [] for split in SPLITS}
+    groups: dict[str, list[Drawn]] = {split: [] for split in SPLITS}
     for image, same in by_image.items():
         titles = tuple(dict.fromkeys(picture.title for picture in same))
-        digest = hashlib.sha256(same[0].path.read_bytes()).hexdigest()
-        groups[split_of(find(titles[0]))].append(Record(key=f"openclipart-{digest[:16]}", image=image, captions=titles))
+        groups[split_of(find(titles[0]))].append(Drawn(same[0].path, titles, image))
     return groups
 
 
@@ -149,19 +157,7 @@ def split_of(title: str) -> str:
     return {0: "test", 1: "calibration"}.get(part, "train")
 
 
-def on_white(path: Path) -> bytes:
-    """The picture as encoded, or on white, and no larger than ``LARGEST``, where it has transparency."""
-    content = path.read_bytes()
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            if picture.mode in ("RGB", "L"):
-                return content
-            drawn = picture.convert("RGBA")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a PNG picture ({error}): install the package again") from error
-    drawn.thumbnail((LARGEST, LARGEST))
-    page = Image.new("RGBA", drawn.size, "white")
-    page.alpha_composite(drawn)
-    written = io.BytesIO()
-    page.convert("RGB").save(written, "PNG")
-    return written.getvalue()
+def _drafts(drawings: list[Drawn]) -> Iterator[Draft]:
+    for drawn in drawings:
+        key = f"openclipart-{hashlib.sha256(drawn.path.read_bytes()).hexdigest()[:16]}"
+        yield Draft(record=Record(key=key, image=drawn.image, captions=drawn.titles), image=drawn.path)

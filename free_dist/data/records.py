@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+ADDED_LATER = ("answer_confidences", "question_type", "answer_type")
+"""Fields of a Question that are stored only where they say something, so that older shards keep their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,12 @@ class Question:
     """One or more, in the published order; VQAv2 has ten.  Empty where they are withheld (test splits)."""
     question_id: str | None = None
     """The data set's own."""
+    answer_confidences: tuple[str, ...] = ()
+    """How sure each person was, in the order of ``answers``: "yes", "maybe" or "no" in VQAv2; empty where nobody was asked."""
+    question_type: str | None = None
+    """The data set's own, by which accuracies are broken down ("what is this" in VQAv2, "query" in GQA)."""
+    answer_type: str | None = None
+    """The data set's own ("yes/no", "number" or "other" in VQAv2)."""
 
     @property
     def answer(self) -> str:
@@ -65,6 +74,10 @@ class Record:
     """Encoded as published (PNG or JPEG)."""
     image_id: str | None = None
     """The data set's own."""
+    domain: str | None = None
+    """Part of the data set that results are told apart by; NoCaps has in-domain, near-domain and out-domain."""
+    licence: str | None = None
+    """Under which the image was published, as the data set names it (a URL in COCO); None where it does not say."""
     questions: tuple[Question, ...] = ()
     """In the published order."""
     captions: tuple[str, ...] = ()
@@ -77,11 +90,13 @@ class Record:
 def record_json(record: Record) -> bytes:
     """Everything but key and image, as UTF-8 JSON; the same record gives the same bytes."""
     content = {
-        name: value
-        for name, value in asdict(record).items()
-        if name not in ("key", "image") and value not in ((), None)
+        name: value for name, value in vars(record).items() if name not in ("key", "image") and value not in ((), None)
     }
-    return json.dumps(content, ensure_ascii=False).encode()
+    return json.dumps(content, ensure_ascii=False, default=_part).encode()
+
+
+def _part(part: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(part).items() if name not in ADDED_LATER or value not in ((), None)}
 
 
 def record_from_json(key: str, image: bytes, content: bytes) -> Record:
@@ -91,10 +106,18 @@ def record_from_json(key: str, image: bytes, content: bytes) -> Record:
         key=key,
         image=image,
         image_id=fields.get("image_id"),
-        questions=tuple(Question(**item | {"answers": tuple(item["answers"])}) for item in fields.get("questions", ())),
+        domain=fields.get("domain"),
+        licence=fields.get("licence"),
+        questions=tuple(_question(item) for item in fields.get("questions", ())),
         captions=tuple(fields.get("captions", ())),
         synthetic_captions=tuple(SyntheticCaption(**item) for item in fields.get("synthetic_captions", ())),
         dialogue=tuple(_turn(item) for item in fields.get("dialogue", ())),
+    )
+
+
+def _question(item: dict[str, Any]) -> Question:
+    return Question(
+        **item | {"answers": tuple(item["answers"]), "answer_confidences": tuple(item.get("answer_confidences", ()))}
     )
 
 

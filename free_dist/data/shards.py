@@ -11,12 +11,13 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from io import BytesIO
+from io import BytesIO, RawIOBase
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from free_dist.atomic import write_atomically
+from free_dist.atomic import replaced_file, write_atomically
 from free_dist.config import UserError
 from free_dist.data.records import Record, record_from_json, record_json
 
@@ -70,7 +71,7 @@ def write_split(
 
     def flush() -> None:
         if pending:
-            shards.append(_write_shard(directory, f"{len(shards):06d}.tar", pending))
+            shards.append(write_shard(directory, f"{len(shards):06d}.tar", pending))
             pending.clear()
 
     for record in tqdm(records, desc=f"writing {dataset}/{split}", total=total, unit="image", mininterval=0.5):
@@ -84,7 +85,7 @@ def write_split(
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Declare a split finished: its shards are there."""
+    """Write the manifest of a split under ``root``, which says that it is finished."""
     write_atomically(root / manifest.split / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
@@ -143,17 +144,35 @@ def record_from_fields(fields: dict[str, bytes | str]) -> Record:
     return record_from_json(key, image, text)
 
 
-def _write_shard(directory: Path, name: str, records: list[Record]) -> Shard:
-    buffer = BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for record in records:
-            for suffix, content in _members(record):
-                member = tarfile.TarInfo(f"{record.key}.{suffix}")  # default owner, mode and time: deterministic bytes
-                member.size = len(content)
-                tar.addfile(member, BytesIO(content))
-    content = buffer.getvalue()
-    write_atomically(directory / name, content)
-    return Shard(name=name, samples=len(records), bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+def write_shard(directory: Path, name: str, records: Iterable[Record]) -> Shard:
+    """Write one tar file as its records come, of which one is held at a time; it takes its name when it is whole."""
+    samples = 0
+    with replaced_file(directory / name) as file:
+        hashed = _Hashed(file)
+        # As a stream, tarfile only ever writes on; default owner, mode and time make the bytes deterministic.
+        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+            for record in records:
+                samples += 1
+                for suffix, content in _members(record):
+                    member = tarfile.TarInfo(f"{record.key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, BytesIO(content))
+    return Shard(name=name, samples=samples, bytes=hashed.bytes, sha256=hashed.digest.hexdigest())
+
+
+class _Hashed(RawIOBase):
+    """A file that hashes and counts what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, content: Any) -> int:
+        """Every byte of it."""
+        self.digest.update(content)
+        self.bytes += len(content)
+        return self.file.write(content)
 
 
 def _members(record: Record) -> Iterator[tuple[str, bytes]]:
