@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
@@ -20,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
 from free_dist.atomic import write_atomically
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import UserError
+from free_dist.data.lint_records import DECODING_ERRORS
 from free_dist.data.samples import SampleEncoder
 from free_dist.data.visual_cache import (
     FEATURES,
@@ -50,9 +49,6 @@ SHARD_BYTES = 256 * 2**20
 """Most bytes of features in one file; twice as many are held in memory while it is written."""
 
 FILES = "*.safetensors"
-
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no image, a damaged one, or one of absurd size."""
 
 
 class CacheMaker:
