@@ -13,7 +13,7 @@ from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false", NoneType: "null"}
+NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 """How JSON's readers call our types."""
 
 
@@ -88,6 +88,9 @@ def _is(value: Any, wanted: Any) -> bool:
 
 
 def _called(value: Any) -> str:
-    if isinstance(value, str | bool | NoneType):
-        return NAMES[type(value)] if not isinstance(value, bool) else str(value).lower()
-    return {dict: "an object", list: "a list"}.get(type(value)) or f"{value!r}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    for kind, name in ((str, "text"), (NoneType, "null"), (dict, "an object"), (list, "a list")):
+        if isinstance(value, kind):
+            return name
+    return repr(value)
