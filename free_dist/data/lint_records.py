@@ -43,14 +43,13 @@ def image_faults(suffix: str, content: bytes) -> list[str]:
         return ["is empty"]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are judged here
-            opened = Image.open(io.BytesIO(content), formats=tuple(IMAGE_FORMATS.values()))
-        with opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE or min(width, height) < MIN_SIDE:
-                return [f"decodes to {width} x {height} pixels, which is absurd"]
-            opened.convert("RGB")
-            found = opened.format
+            warnings.simplefilter("ignore")  # sizes are judged here, and metadata is none of our business
+            with Image.open(io.BytesIO(content), formats=tuple(IMAGE_FORMATS.values())) as opened:
+                width, height = opened.size
+                if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE or min(width, height) < MIN_SIDE:
+                    return [f"decodes to {width} x {height} pixels, which is absurd"]
+                opened.convert("RGB")
+                found = opened.format
     except Image.UnidentifiedImageError:
         return ["is neither a PNG nor a JPEG"]
     except Image.DecompressionBombError as error:

@@ -59,9 +59,7 @@ def test_the_shown_targets_are_the_tokens_that_training_predicts(
     assert "".join(token.text for token in sequence.tokens if not token.is_image) == tiny_encoder.tokenizer.decode(ids)
     images = [token.text for token in sequence.tokens if token.is_image]
     assert images == [f"<image> x {tiny_encoder.layout.num_query_tokens}"]
-    assert len(found.turns) == sum(
-        token.text == "</s>" and token.is_target for token in sequence.tokens
-    )
+    assert len(found.turns) == sum(token.text == "</s>" and token.is_target for token in sequence.tokens)
 
 
 def test_a_row_that_is_too_long_says_so(

@@ -20,6 +20,7 @@ from free_dist.backbones.embedded import new_image_processor as new_pixel_proces
 from free_dist.backbones.embedded import new_model
 from free_dist.backbones.smollm2 import joined, new_image_processor
 from free_dist.config import (
+    UNTRAINED_BACKBONE,
     ConfigError,
     DataConfig,
     ExitsConfig,
@@ -377,6 +378,7 @@ def test_a_recipe_cannot_train_or_move_what_is_cached() -> None:
     for settings in (
         FinetuneConfig(train=["all"]),
         FinetuneConfig(train=["vision"]),
+        FinetuneConfig(start=UNTRAINED_BACKBONE),
         FinetuneConfig(augment_images=True),
     ):
         with pytest.raises(ConfigError, match="visual_cache"):
