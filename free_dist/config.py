@@ -85,7 +85,7 @@ class DataConfig:
     question_prompt: str = "Question: {question} Answer:"
     """Prompt of one question; ``{question}`` is replaced."""
     visual_cache: str | None = None
-    """Directory of feature maps made by launch/cache_vision.py, read in training instead of pixels; None: pixels."""
+    """Directory of vision features made by launch/cache_vision.py, read in training instead of pixels; None: pixels."""
 
 
 @dataclass(kw_only=True)

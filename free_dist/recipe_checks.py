@@ -15,6 +15,7 @@ from free_dist.config import (
     EXIT_VARIANTS,
     FINETUNE_PARTS,
     TASKS,
+    UNTRAINED_BACKBONE,
     BackboneConfig,
     ConfigError,
     DataConfig,
@@ -38,8 +39,9 @@ def check_recipe(recipe: Recipe) -> None:
     _check_training(recipe.training)
     _check_decoding_and_evaluation(recipe.decoding, recipe.evaluation)
     _check_finetune(recipe.finetune)
-    # Feature maps are of the frozen vision network and of unmoved images.
-    moved = recipe.finetune.augment_images or {"vision", "all"} & set(recipe.finetune.train)
+    # Features are of a vision network that exists and stays as it is, and of unmoved images.
+    trained = {"vision", "all"} & set(recipe.finetune.train) or recipe.finetune.start == UNTRAINED_BACKBONE
+    moved = recipe.finetune.augment_images or trained
     cache = recipe.data.visual_cache
     _require(cache is None or not moved, "data.visual_cache", cache, "train no vision part, and do not augment images")
     _require(recipe.run_dir != "", "run_dir", recipe.run_dir, "want a directory")

@@ -72,8 +72,24 @@ class Blip2Backbone(Backbone):
         return prefix if image_index is None else prefix[image_index]
 
     def encode_patches(self, pixel_values: Tensor) -> Tensor:
-        """The first half of :meth:`encode_prefix`: pixels [I, 3, height, width] -> vision features [I, patches + 1, width]."""
+        """The first half of :meth:`encode_prefix`: pixels [I, 3, height, width] -> vision features [I, patches + 1, width].
+
+        Features made before, [I, patches + 1, width] in any precision, pass through in the tower's own: three dimensions are
+        never an image's four.  Raises ValueError for any other shape.
+        """
         vision = self.model.vision_model
+        if pixel_values.dim() == 3:
+            width = self.model.config.vision_config.hidden_size
+            if pixel_values.shape[-1] != width:
+                raise ValueError(
+                    f"pixel_values: want vision features [I, patches + 1, {width}], got {list(pixel_values.shape)}"
+                )
+            return pixel_values.to(next(vision.parameters()).dtype)
+        if pixel_values.dim() != 4:
+            raise ValueError(
+                f"pixel_values: want pixels [I, 3, height, width] or vision features [I, patches + 1, width], got "
+                f"{list(pixel_values.shape)}"
+            )
         if self._has_lean_vision and _runs_bare(vision):
             return vision_path.encode_patches(vision, pixel_values)
         return vision(pixel_values=pixel_values).last_hidden_state

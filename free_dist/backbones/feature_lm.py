@@ -1,7 +1,7 @@
 """The adapter of :class:`~free_dist.backbones.feature_lm_model.FeatureLm`: BLIP-2's, with feature maps in the place of pixels.
 
 What the vision network says about an image is a function of the image alone, so it can be computed once.  Does not know
-where feature maps are kept.
+where that is kept.
 
 Shape letters: I images, W channels of a feature map.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from free_dist.backbones.blip2 import Blip2Backbone
-from free_dist.backbones.efficientnet_lite import STRIDE, WIDTH
 
 
 class FeatureLmBackbone(Blip2Backbone):
@@ -20,10 +19,5 @@ class FeatureLmBackbone(Blip2Backbone):
     model_type = "feature_lm"
 
     def feature_maps(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels [I, 3, height, width] -> [I, W, height / 32, width / 32]: what a cache keeps."""
+        """Normalised pixels [I, 3, height, width] -> [I, W, height / 32, width / 32]."""
         return self.model.vision_model.feature_map(pixel_values)
-
-    def feature_shape(self) -> tuple[int, int, int]:
-        """(W, h, w) of one image's feature map."""
-        side = -(-self.model.config.vision_config.image_size // STRIDE)
-        return WIDTH, side, side

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2PreTrainedModel,
@@ -88,6 +89,7 @@ class FeatureLm(Blip2ForConditionalGeneration):
         self.post_init()
 
 
-# Tokenizers and configurations are looked up by the type that config.json names.
+# Tokenizers, configurations and structures without weights are looked up by the type that config.json names.
 AutoConfig.register(FeatureVisionConfig.model_type, FeatureVisionConfig)
 AutoConfig.register(FeatureLmConfig.model_type, FeatureLmConfig)
+AutoModelForImageTextToText.register(FeatureLmConfig, FeatureLm)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from free_dist.backbones import Blip2Backbone, FeatureLmBackbone, InstructBlipBackbone, TokenLayout
 from free_dist.backbones.blip2 import PROBE, load_image_processor, load_tokenizer
 from free_dist.backbones.embedded import resolve_backbone
-from free_dist.backbones.loading import check_vocabulary, load_model, read_config
+from free_dist.backbones.loading import MODEL_CLASSES, check_vocabulary, load_model, read_config
 from free_dist.config import BackboneConfig, MissingFileError, UserError
 from free_dist.data.samples import SampleEncoder
 
@@ -45,17 +45,37 @@ def load_pretrained(
         directory, dtype=dtype, attn_implementation=attn_implementation, allow_pickle=allow_pickle, sharding=sharding
     )
     backbone = ADAPTERS[model.config.model_type](model)
+    return backbone, _encoder(directory, backbone)
+
+
+def load_encoder(path: str) -> SampleEncoder:
+    """The encoder of :func:`load_pretrained` alone: reads no weights, so it is as quick for a backbone of any size.
+
+    Raises MissingFileError or UserError for a directory without configuration, tokenizers or image processor that load.
+    """
+    directory = resolve_backbone(path)
+    name = read_config(directory).get("model_type")
+    if name not in MODEL_CLASSES:
+        raise UserError(
+            f"backbone.path: {directory}/config.json has model_type {name!r}, want one of {', '.join(ADAPTERS)}"
+        )
+    model_class = MODEL_CLASSES[name]
+    with torch.device("meta"):
+        model = model_class(model_class.config_class.from_pretrained(directory))
+    return _encoder(directory, ADAPTERS[name](model))
+
+
+def _encoder(directory: str | Path, backbone: Blip2Backbone) -> SampleEncoder:
     tokenizer = load_tokenizer(directory)
-    check_vocabulary(tokenizer, model, directory)
+    check_vocabulary(tokenizer, backbone.model, directory)
     backbone.layout = text_layout(backbone.layout, tokenizer, read_config(directory))
-    encoder = SampleEncoder(
+    return SampleEncoder(
         tokenizer,
         load_image_processor(directory),
         backbone.layout,
         backbone.max_positions,
         _qformer_tokenizer(directory, backbone) if isinstance(backbone, InstructBlipBackbone) else None,
     )
-    return backbone, encoder
 
 
 def load_for_inference(

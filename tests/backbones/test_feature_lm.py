@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from free_dist.backbones import FeatureLmBackbone
 from free_dist.backbones.checkpoint_hash import checkpoint_hash, loaded_from
-from free_dist.backbones.efficientnet_lite import BATCH_NORM_EPS, STAGES, EfficientNetLite, folded
+from free_dist.backbones.efficientnet_lite import BATCH_NORM_EPS, STAGES, STRIDE, WIDTH, EfficientNetLite, folded
 from free_dist.backbones.smollm2 import joined, new_image_processor
 from free_dist.config import FinetuneConfig, UserError
 from free_dist.data.pretrained import load_pretrained
@@ -153,7 +153,7 @@ def test_logits_are_those_of_the_language_model_behind_the_prefix(backbone: Feat
 @torch.no_grad()
 def test_feature_maps_stand_for_the_pixels_they_were_made_of(backbone: FeatureLmBackbone) -> None:
     maps = backbone.feature_maps(pixels(3))
-    assert tuple(maps.shape[1:]) == backbone.feature_shape()
+    assert maps.shape == (3, WIDTH, SIZE // STRIDE, SIZE // STRIDE)
     assert torch.equal(backbone.encode_prefix(maps), backbone.encode_prefix(pixels(3)))
     assert not torch.equal(backbone.encode_prefix(maps[:1]), backbone.encode_prefix(maps[1:2]))
 

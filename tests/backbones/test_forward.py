@@ -95,6 +95,18 @@ def test_an_exit_with_a_block_s_weights_gives_the_next_feature(checkpoint) -> No
 
 
 @torch.no_grad()
+def test_vision_features_stand_for_the_pixels_they_were_made_of(checkpoint) -> None:
+    batch, backbone = batch_of(checkpoint, "vqa"), checkpoint.backbone
+    wanted = backbone(**batch.inputs(), exit_layers=EXITS)
+    features = backbone.encode_patches(batch.pixel_values)
+    found = backbone(**batch.inputs() | {"pixel_values": features}, exit_layers=EXITS)
+    for ours, theirs in zip((*found.exits, found.final), (*wanted.exits, wanted.final), strict=True):
+        assert torch.equal(ours, theirs)
+    other = backbone(**batch.inputs() | {"pixel_values": features.flip(-1)}, exit_layers=EXITS)
+    assert not torch.equal(other.final, wanted.final)
+
+
+@torch.no_grad()
 def test_the_lean_vision_tower_equals_the_library_s_and_is_used(checkpoint) -> None:
     backbone = checkpoint.backbone
     pixels = torch.stack([checkpoint.encoder.encode_image(sample.image) for sample in checkpoint.samples("caption", 3)])
