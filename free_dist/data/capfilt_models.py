@@ -33,15 +33,10 @@ from free_dist.backbones.checkpoint_hash import checkpoint_hash
 from free_dist.backbones.loading import parse_dtype, read_config
 from free_dist.config import UserError
 from free_dist.data.capfilt import CapFiltSettings
+from free_dist.data.lavis_text import caption_text
 
 FILTER_TOKENS = 35
 """Longest text that BLIP's filter was trained to read; more is cut off."""
-
-PUNCTUATION = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
-"""What BLIP's captions were freed of before the filter was trained on them."""
-
-MAX_WORDS = 50
-"""Words of a caption that BLIP keeps."""
 
 
 class SeededNucleus(LogitsProcessor):
@@ -136,7 +131,7 @@ class BlipFilter:
         if not owners:
             return [[] for _ in texts]
         patches = self._model.vision_model(_pixels(self._processor, images, self._model)).last_hidden_state
-        flat = [blip_text(text) for text in chain(*texts)]
+        flat = [caption_text(text) for text in chain(*texts)]
         scores: list[float] = []
         for first in range(0, len(flat), self._rows):
             part = slice(first, first + self._rows)
@@ -160,11 +155,6 @@ class BlipFilter:
             encoder_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
         ).last_hidden_state
         return torch.softmax(self._model.itm_head(states[:, 0]).float(), dim=-1)[:, 1]
-
-
-def blip_text(text: str) -> str:
-    """A caption in the form in which BLIP's filter was trained on captions: lower case, some punctuation left out."""
-    return " ".join(text.lower().translate(PUNCTUATION).split()[:MAX_WORDS])
 
 
 def _pixels(processor: Any, images: Sequence[Image.Image], model: PreTrainedModel) -> Tensor:

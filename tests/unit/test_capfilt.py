@@ -24,7 +24,7 @@ from transformers import (
 from free_dist.backbones.checkpoint_hash import checkpoint_hash
 from free_dist.config import DataConfig, MissingFileError, UserError
 from free_dist.data.capfilt import CapFiltSettings, Counts, bootstrap
-from free_dist.data.capfilt_models import BlipCaptioner, BlipFilter, SeededNucleus, blip_text, row_generator
+from free_dist.data.capfilt_models import BlipCaptioner, BlipFilter, SeededNucleus, row_generator
 from free_dist.data.capfilt_shards import CapFilt, copy_split, finish, finished, run_rank
 from free_dist.data.records import Record
 from free_dist.data.shards import is_intact, read_manifest, write_split
@@ -167,11 +167,6 @@ def test_rows_judged_at_once_do_not_change_scores(directories, matcher, some) ->
     images, texts = [opened(record) for record in some], [["a red circle", "the small blue shape on it"]] * len(some)
     narrow = BlipFilter(directories[1], rows=3).score(images, texts)
     assert narrow == [pytest.approx(found, abs=1e-6) for found in matcher.score(images, texts)]
-
-
-def test_texts_are_prepared_as_for_blips_training() -> None:
-    assert blip_text('A "Red"  circle. (left)') == "a red circle left"
-    assert len(blip_text("word " * 60).split()) == 50
 
 
 def test_what_is_kept_scores_at_least_the_threshold_and_says_where_it_is_from(capfilt, directories, some) -> None:
