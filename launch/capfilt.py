@@ -4,9 +4,10 @@
     python launch/capfilt.py --source data/coco --out data/coco_capfilt --captioner models/blip-caption --filter models/blip-itm
     deepspeed --num_gpus 8 launch/capfilt.py --source data/coco --out data/coco_capfilt --captioner ... --filter ...
 
-Captioner and filter are Hugging Face directories of BlipForConditionalGeneration and BlipForImageTextRetrieval. What is written
-is an ordinary data set: train on it with data.root=data/coco_capfilt, mixed by data.synthetic_share. The same command goes on
-after a kill, shard by shard, with any number of processes.
+Captioner and filter are Hugging Face directories of BlipForConditionalGeneration and BlipForImageTextRetrieval; or, in the
+environment of salesforce-lavis, lavis:blip_caption/base_coco and lavis:blip_image_text_matching/base. What is written is an
+ordinary data set: train on it with data.root=data/coco_capfilt, mixed by data.synthetic_share. The same command goes on after a
+kill, shard by shard, with any number of processes.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def main() -> None:
         "--splits", nargs="+", default=["train"], metavar="SPLIT",
         help="splits that get captions (default: train); the others are copied as they are",
     )  # fmt: skip
-    parser.add_argument("--captioner", required=True, metavar="DIR", help="BLIP for captioning")
-    parser.add_argument("--filter", required=True, metavar="DIR", help="BLIP for image-text retrieval")
+    parser.add_argument("--captioner", required=True, metavar="DIR", help="BLIP for captioning, or lavis:NAME")
+    parser.add_argument("--filter", required=True, metavar="DIR", help="BLIP for image-text retrieval, or lavis:NAME")
     parser.add_argument("--captions", type=int, metavar="N", help="captions written per image (default: 1)")
     parser.add_argument("--prompt", help="begins every caption, and is no part of it (default: 'a picture of ')")
     parser.add_argument("--top-p", type=float, help="probability of the nucleus (default: 0.9)")
@@ -107,16 +108,32 @@ def processes(device: str | None) -> Iterator[tuple[int, int, str, Callable[[], 
 
 
 def load(arguments: argparse.Namespace, settings: CapFiltSettings, device: str) -> CapFilt:
-    """The two models that the flags name."""
+    """The two models that the flags name, both of transformers or both of LAVIS."""
+    from free_dist.data.capfilt_lavis import PREFIX, LavisCaptioner, LavisFilter
+    from free_dist.data.capfilt_shards import CapFilt
+
+    named = {"--captioner": arguments.captioner, "--filter": arguments.filter}
+    of_lavis = [name.startswith(PREFIX) for name in named.values()]
+    if all(of_lavis):
+        if arguments.dtype != "float32":
+            raise UserError(f"--dtype {arguments.dtype}: LAVIS's models run in float32; leave the flag out")
+        return CapFilt(
+            captioner=LavisCaptioner(arguments.captioner, device=device),
+            matcher=LavisFilter(arguments.filter, device=device),
+            settings=settings,
+        )
+    if any(of_lavis):
+        raise UserError(
+            "--captioner, --filter: LAVIS and transformers 5 share no environment; name both models of one of them"
+        )
+    for flag, directory in named.items():
+        if not Path(directory).is_dir():
+            raise MissingFileError(f"{flag} {directory}: no such directory")
     from transformers.utils.logging import disable_progress_bar
 
     from free_dist.data.capfilt_models import BlipCaptioner, BlipFilter
-    from free_dist.data.capfilt_shards import CapFilt
 
     disable_progress_bar()
-    for flag, directory in (("--captioner", arguments.captioner), ("--filter", arguments.filter)):
-        if not Path(directory).is_dir():
-            raise MissingFileError(f"{flag} {directory}: no such directory")
     return CapFilt(
         captioner=BlipCaptioner(arguments.captioner, device=device, dtype=arguments.dtype),
         matcher=BlipFilter(arguments.filter, device=device, dtype=arguments.dtype),

@@ -15,7 +15,7 @@ MAX_WORDS = 50
 
 def caption_text(text: str) -> str:
     """A caption, where white space takes the place of punctuation."""
-    return _cut(text.lower().translate(str.maketrans(dict.fromkeys(PUNCTUATION, " "))))
+    return _cut(text.lower().translate(str.maketrans(PUNCTUATION, " " * len(PUNCTUATION))))
 
 
 def question_text(text: str) -> str:
