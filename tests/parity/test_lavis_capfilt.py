@@ -53,7 +53,7 @@ def by_lavis(source: Path, out: Path, *flags: str) -> list[Record]:
         "--out",
         out,
         "--prompt",
-        "a photo of ",
+        "two dogs ",
         "--min-length",
         "8",
         "--max-length",
@@ -81,17 +81,20 @@ def test_both_write_and_score_the_same_captions(source: Path, tmp_path: Path) ->
     flags = ("--top-p", "1e-6", "--threshold", "0", "--filter-human")
     made = by_lavis(source, tmp_path / "out", *flags)
     settings = CapFiltSettings(
-        prompt="a photo of ", top_p=1e-6, threshold=0.0, filter_human=True, min_length=8, max_length=14
+        prompt="two dogs ", top_p=1e-6, threshold=0.0, filter_human=True, min_length=8, max_length=14
     )
     captioner = BlipCaptioner(saved(tmp_path / "captioner", "blip_caption", BlipForConditionalGeneration))
     matcher = BlipFilter(saved(tmp_path / "filter", "blip_itm", BlipForImageTextRetrieval))
     wanted, _ = bootstrap(list(records(source, "train")), captioner, matcher, settings)
     for ours, lavis in zip(wanted, made, strict=True):
-        (own,), (theirs,) = ours.synthetic_captions, lavis.synthetic_captions
-        assert theirs.text == own.text and theirs.model == "lavis:blip_caption/base_coco"
-        assert theirs.score == pytest.approx(own.score, abs=2e-5)
+        # Empty where the small model writes nothing but unknown words.
+        assert [c.text for c in lavis.synthetic_captions] == [c.text for c in ours.synthetic_captions]
+        assert [c.score for c in lavis.synthetic_captions] == pytest.approx(
+            [c.score for c in ours.synthetic_captions], abs=2e-5
+        )
+        assert {c.model for c in lavis.synthetic_captions} <= {"lavis:blip_caption/base_coco"}
         assert replace(ours, synthetic_captions=()) == replace(lavis, synthetic_captions=())
-    assert len({record.synthetic_captions[0].score for record in made}) > 1
+    assert len({c.text for record in made for c in record.synthetic_captions}) > 1
 
 
 def test_what_lavis_samples_depends_on_keys_and_seed(source: Path, tmp_path: Path) -> None:
