@@ -84,6 +84,16 @@ class DataConfig:
     """Prompt before a caption."""
     question_prompt: str = "Question: {question} Answer:"
     """Prompt of one question; ``{question}`` is replaced."""
+    history_prompt: str = "Dialog history: {history}\n"
+    """Stands before a question of a recorded dialogue; ``{history}`` is the image's caption and the turns so far."""
+    history_turn: str = "q: {question} a: {answer}"
+    """One turn of a history."""
+    max_history_tokens: int | None = None
+    """Tokens that a history may add to a prompt: the oldest turns are cut first, the caption last; None for no limit."""
+    clean_text: bool = False
+    """Questions and target captions as LAVIS trains on them: lower case, without some punctuation, at most 50 words."""
+    synthetic_share: float = 0.5
+    """Chance that an image's caption is a synthetic one, where it has both kinds; 0 uses human captions alone, 1 synthetic."""
     visual_cache: str | None = None
     """Directory of vision features made by launch/cache_vision.py, read in training instead of pixels; None: pixels."""
 

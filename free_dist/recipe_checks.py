@@ -86,6 +86,15 @@ def _positive(name: str, value: float) -> None:
     _require(0 < value < math.inf, name, value, "want a finite number above 0")
 
 
+def _template(name: str, text: str, *places: str) -> None:
+    bare = text
+    for place in places:
+        _require(f"{{{place}}}" in text, name, text, f"lacks {{{place}}}")
+        bare = bare.replace(f"{{{place}}}", "")
+    only = " and ".join(f"{{{place}}}" for place in places)
+    _require(not {"{", "}"} & set(bare), name, text, f"only {only} may stand in braces")
+
+
 def _check_backbone(backbone: BackboneConfig) -> None:
     _require(backbone.path != "", "backbone.path", backbone.path, f"want a directory, or {EMBEDDED_BACKBONE!r}")
     _one_of("backbone.attn_implementation", backbone.attn_implementation, ATTENTIONS)
@@ -102,10 +111,13 @@ def _check_data(data: DataConfig) -> None:
     _at_least(1, "data.questions_per_image", data.questions_per_image)
     _at_least(1, "data.max_turns", data.max_turns)
     _at_least(1, "data.shuffle_buffer", data.shuffle_buffer)
-    _require("{question}" in data.question_prompt, "data.question_prompt", data.question_prompt, "lacks {question}")
-    bare = data.question_prompt.replace("{question}", "")
-    only = "only {question} may stand in braces"
-    _require(not {"{", "}"} & set(bare), "data.question_prompt", data.question_prompt, only)
+    _template("data.question_prompt", data.question_prompt, "question")
+    _template("data.history_prompt", data.history_prompt, "history")
+    _template("data.history_turn", data.history_turn, "question", "answer")
+    if data.max_history_tokens is not None:
+        _at_least(0, "data.max_history_tokens", data.max_history_tokens)
+    share = data.synthetic_share
+    _require(0 <= share <= 1, "data.synthetic_share", share, "want a share from 0 (human alone) to 1 (synthetic alone)")
     _require(data.visual_cache != "", "data.visual_cache", data.visual_cache, "want a directory, or null for none")
 
 

@@ -26,18 +26,11 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from free_dist.backbones import Instruction, TokenLayout
 from free_dist.config import TASKS, DataConfig, UserError
-from free_dist.data.records import Question, Record
+from free_dist.data.prompts import Turn, caption_turn, dialogue_turns, drawn_answer, drawn_caption, question_turn
+from free_dist.data.records import Record
 
 IGNORE = -100
 """Target of a position whose prediction is not trained or scored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """A prompt and the answer expected to follow it."""
-
-    prompt: str
-    answer: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +91,19 @@ class Batch:
 def training_samples(record: Record, task: str, config: DataConfig, rng: random.Random) -> list[Sample]:
     """The samples that one record gives to one epoch of ``task``; empty if it has nothing for it."""
     if task == "caption":
-        if not record.captions:
+        caption = drawn_caption(record, config, rng)
+        if caption is None:
             return []
-        turn = Turn(prompt=config.caption_prompt, answer=rng.choice(record.captions))
-        return [Sample(key=record.key, task=task, image=record.image, turns=(turn,), references=record.captions)]
+        turn = caption_turn(caption, config)
+        return [
+            Sample(
+                key=record.key, task=task, image=record.image, turns=(turn,), references=record.captions or (caption,)
+            )
+        ]
+    if task == "dialogue" and record.dialogue:
+        rows = _dialogue_samples(record, config)
+        rng.shuffle(rows)
+        return rows[: config.questions_per_image]
     questions = [question for question in record.questions if question.answers]
     rng.shuffle(questions)
     if task == "vqa":
@@ -110,13 +112,13 @@ def training_samples(record: Record, task: str, config: DataConfig, rng: random.
                 key=f"{record.key}-q{i}",
                 task=task,
                 image=record.image,
-                turns=(_question_turn(question, _drawn_answer(question, rng), config),),
+                turns=(question_turn(question, drawn_answer(question, rng), config),),
                 references=question.answers,
             )
             for i, question in enumerate(questions[: config.questions_per_image])
         ]
     if task == "dialogue":
-        turns = [_question_turn(q, _drawn_answer(q, rng), config) for q in questions[: config.max_turns]]
+        turns = [question_turn(q, drawn_answer(q, rng), config) for q in questions[: config.max_turns]]
         if not turns:
             return []
         return [
@@ -133,7 +135,7 @@ def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sa
                 key=f"{record.key}-q{i}",
                 task=task,
                 image=record.image,
-                turns=(_question_turn(question, question.answer, config),),
+                turns=(question_turn(question, question.answer, config),),
                 references=question.answers,
             )
             for i, question in enumerate(record.questions)
@@ -142,24 +144,25 @@ def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sa
     if task == "caption":
         if not record.captions:
             return []
-        turn = Turn(prompt=config.caption_prompt, answer=record.captions[0])
+        turn = caption_turn(record.captions[0], config)
         return [Sample(key=record.key, task=task, image=record.image, turns=(turn,), references=record.captions)]
+    if task == "dialogue" and record.dialogue:
+        return _dialogue_samples(record, config)
     if task == "dialogue":
         questions = [question for question in record.questions if question.answers][: config.max_turns]
         if not questions:
             return []
-        turns = tuple(_question_turn(question, question.answer, config) for question in questions)
+        turns = tuple(question_turn(question, question.answer, config) for question in questions)
         return [Sample(key=record.key, task=task, image=record.image, turns=turns, references=questions[-1].answers)]
     raise UserError(f"evaluation.tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
-def _question_turn(question: Question, answer: str, config: DataConfig) -> Turn:
-    return Turn(prompt=config.question_prompt.format(question=question.question), answer=answer)
-
-
-def _drawn_answer(question: Question, rng: random.Random) -> str:
-    """Each person's answer is as likely as any other's, which weighs answers as often as they were given."""
-    return question.answers[0] if len(question.answers) == 1 else rng.choice(question.answers)
+def _dialogue_samples(record: Record, config: DataConfig) -> list[Sample]:
+    """One sample per answered turn of a recorded dialogue: what was said before it is text, not a target."""
+    return [
+        Sample(key=f"{record.key}-t{i}", task="dialogue", image=record.image, turns=(turn,), references=(turn.answer,))
+        for i, turn in dialogue_turns(record, config)
+    ]
 
 
 class SampleEncoder:
@@ -229,14 +232,14 @@ class SampleEncoder:
             return None
         texts = []
         for turns in rows:
-            words = [part for turn in turns for part in (turn.prompt, turn.answer)]
+            words = [part for turn in turns for part in (self.prompt_text(turn), turn.answer)]
             texts.append(" ".join(words[:-1]))
         encoded = [self.qformer_tokenizer.encode(text) for text in texts]
         width = max(len(ids) for ids in encoded)
         if width > self.qformer_tokenizer.model_max_length:
             raise UserError(
                 f"a prompt of {width} tokens exceeds the {self.qformer_tokenizer.model_max_length} that the Q-Former reads: "
-                "lower data.max_turns"
+                "lower data.max_turns or data.max_history_tokens"
             )
         input_ids = torch.full((len(rows), width), self.qformer_tokenizer.pad_token_id, dtype=torch.long)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -285,8 +288,23 @@ class SampleEncoder:
             instruction=self.encode_instructions([sample.turns for sample in samples]),
         )
 
+    def prompt_text(self, turn: Turn) -> str:
+        """The prompt of a turn with as much of its history before it as the history's budget of tokens allows."""
+        history = turn.history
+        if history is None:
+            return turn.prompt
+        bare = len(self._encoded(turn.prompt))
+        parts = list(history.parts)
+        while parts:
+            text = history.template.replace("{history}", " ".join(parts)) + turn.prompt
+            if history.max_tokens is None or len(self._encoded(text)) - bare <= history.max_tokens:
+                return text
+            del parts[1 if history.opens_with_caption and len(parts) > 1 else 0]
+        return turn.prompt
+
     def _prompt(self, turn: Turn, *, first: bool) -> list[int]:
-        return self._encoded(turn.prompt if first else self._joint + turn.prompt)
+        text = self.prompt_text(turn)
+        return self._encoded(text if first else self._joint + text)
 
     def _answer(self, turn: Turn) -> list[int]:
         # A decoder that starts anew begins a text; everywhere else the answer goes on with one.
@@ -299,7 +317,8 @@ class SampleEncoder:
     def _check_length(self, length: int) -> None:
         if length > self.max_length:
             raise UserError(
-                f"a row of {length} tokens exceeds the backbone's {self.max_length} positions: lower data.max_turns"
+                f"a row of {length} tokens exceeds the backbone's {self.max_length} positions: lower data.max_turns or "
+                "data.max_history_tokens"
             )
 
 

@@ -79,7 +79,7 @@ def test_a_recipe_names_distribution_files_that_exist_and_suit_the_backbones_siz
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "nocaps"])
 def test_a_tasks_steps_are_the_epochs_its_first_line_states(task: str) -> None:
     text = TASKS[task].read_text()
-    stated = re.search(r"(\d+) epochs of ([\d,]+).*?(\d+) rows per step", text.splitlines()[0])
+    stated = re.search(r"(\d+) epochs? of ([\d,]+).*?(\d+) rows per step", text.splitlines()[0])
     assert stated is not None
     epochs, samples, rows = (int(part.replace(",", "")) for part in stated.groups())
     assert samples == TRAINING_SAMPLES[task]

@@ -1,0 +1,199 @@
+"""CapFilt over the shards of a split: dealt to processes, resumed after a kill, put together.
+
+The unit of work is one source shard, which one process does whole, in batches that never reach into the next: so the output
+is the same whatever the number of processes, and what is whole when a run is killed is kept.  Takes rank and world size as
+arguments; knows no models.
+
+Beside the finished shards stands ``OUT/capfilt-SPLIT.json``: the settings, both models, and what was kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+
+from free_dist.atomic import write_atomically
+from free_dist.config import UserError
+from free_dist.data.capfilt import CapFiltSettings, Captioner, Counts, Matcher, bootstrap
+from free_dist.data.records import Record
+from free_dist.data.shards import (
+    MANIFEST,
+    Manifest,
+    Shard,
+    is_intact,
+    read_manifest,
+    record_from_fields,
+    shard_paths,
+    write_manifest,
+    write_split,
+)
+
+DONE = "capfilt.json"
+"""Written last beside a shard of an unfinished run: where it stands, the shard is whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapFilt:
+    """Two models and how they are used."""
+
+    captioner: Captioner
+    matcher: Matcher
+    settings: CapFiltSettings
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What two runs must have in common to share shards."""
+        return {"captioner": self.captioner.name, "filter": self.matcher.name, "settings": asdict(self.settings)}
+
+    def improve(self, records: Iterable[Record], batch_size: int, counts: list[Counts]) -> Iterator[Record]:
+        """:func:`~free_dist.data.capfilt.bootstrap` in batches; their counts are appended to ``counts``."""
+        waiting = iter(records)
+        while batch := list(islice(waiting, batch_size)):
+            result, found = bootstrap(batch, self.captioner, self.matcher, self.settings)
+            counts.append(found)
+            yield from result
+
+
+def run_rank(
+    source: Path, out: Path, split: str, capfilt: CapFilt, *, batch_size: int = 16, rank: int = 0, world_size: int = 1
+) -> None:
+    """Do this rank's shards of a split, except those that an earlier run left whole.
+
+    Raises UserError if an earlier run had other settings or models, and what reading shards raises.
+    """
+    manifest, work = read_manifest(source, split), _work(out, split)
+    for number, path in list(enumerate(shard_paths(source, split)))[rank::world_size]:
+        shard, name = manifest.shards[number], _name(number)
+        if _whole_shard(out, split, number, shard, capfilt) is not None:
+            continue
+        counts: list[Counts] = []
+        made = write_split(
+            work,
+            dataset=manifest.dataset,
+            split=name,
+            records=capfilt.improve(_records(path), batch_size, counts),
+            total=shard.samples,
+            records_per_shard=max(1, shard.samples),
+        )
+        done = {
+            **capfilt.fingerprint(),
+            "source": shard.sha256,
+            "shard": asdict(made.shards[0]),
+            "counts": asdict(sum(counts, Counts())),
+        }
+        write_atomically(work / name / DONE, json.dumps(done, indent=1).encode())
+
+
+def finish(source: Path, out: Path, split: str, capfilt: CapFilt) -> Counts:
+    """Put the shards of all ranks together, once every one is done: shards, report, manifest; returns what was kept.
+
+    The manifest is written last.  Raises UserError if a shard is missing.
+    """
+    given, work, directory = read_manifest(source, split), _work(out, split), out / split
+    directory.mkdir(parents=True, exist_ok=True)
+    made, shards, total = given, [], Counts()
+    for number, shard in enumerate(given.shards):
+        name = _name(number)
+        done = _whole_shard(out, split, number, shard, capfilt)
+        if done is None:
+            raise UserError(f"{work / name} is not whole: start the same command again")
+        made, place = read_manifest(work, name), directory / f"{name}.tar"
+        if (work / name / done["shard"]["name"]).is_file():
+            (work / name / done["shard"]["name"]).replace(place)
+        shards.append(Shard(**done["shard"] | {"name": place.name}))
+        total += Counts.from_json(done["counts"])
+    report = {
+        **capfilt.fingerprint(),
+        "source": {"dataset": given.dataset, "sha256": [shard.sha256 for shard in given.shards]},
+        "counts": asdict(total),
+        "kept_share": total.kept_share,
+    }
+    write_atomically(_report(out, split), json.dumps(report, indent=1).encode())
+    # What else a manifest says stands in those that the shards were written with.
+    manifest = replace(made, dataset=given.dataset, split=split, shards=tuple(shards))
+    write_manifest(out, manifest)
+    shutil.rmtree(work, ignore_errors=True)
+    return total
+
+
+def finished(source: Path, out: Path, split: str, capfilt: CapFilt) -> Counts | None:
+    """What a finished run kept; None if there is none.
+
+    Raises UserError for one of other settings, models or source, and for one whose shards do not match their checksums.
+    """
+    if not (out / split / MANIFEST).is_file():
+        return None
+    if not _report(out, split).is_file():
+        raise UserError(f"--out {out}: {out / split} was not made by this program; choose another directory")
+    report = json.loads(_report(out, split).read_text())
+    _require_same(report, capfilt.fingerprint(), out)
+    given = read_manifest(source, split)
+    if report["source"]["sha256"] != [shard.sha256 for shard in given.shards]:
+        raise UserError(
+            f"--out {out}: {split} was made from other shards than those of {source}; remove it, or choose another"
+        )
+    if not is_intact(out, split):
+        raise UserError(f"--out {out}: the shards of {split} do not match their manifest; remove {out / split}")
+    return Counts.from_json(report["counts"])
+
+
+def copy_split(source: Path, out: Path, split: str) -> Manifest:
+    """A split passed on byte by byte, so that ``out`` is a whole data set; the manifest last."""
+    manifest = read_manifest(source, split)
+    if not (is_intact(out, split) and read_manifest(out, split) == manifest):
+        (out / split).mkdir(parents=True, exist_ok=True)
+        for path in shard_paths(source, split):
+            shutil.copyfile(path, out / split / Path(path).name)
+        write_manifest(out, manifest)
+    return manifest
+
+
+def _records(path: str) -> Iterable[Record]:
+    """The records of one shard, in its order."""
+    return wds.DataPipeline(wds.SimpleShardList([path]), wds.tarfile_to_samples(), wds.map(record_from_fields))
+
+
+def _whole_shard(out: Path, split: str, number: int, source: Shard, capfilt: CapFilt) -> dict[str, Any] | None:
+    """What is written beside shard ``number`` if it was made whole from ``source``; raises UserError for other settings."""
+    path = _work(out, split) / _name(number) / DONE
+    if not path.is_file():
+        return None
+    done: dict[str, Any] = json.loads(path.read_text())
+    _require_same(done, capfilt.fingerprint(), out)
+    # Where a run is killed while its shards are put together, some have moved already.
+    places = (path.parent / done["shard"]["name"], out / split / f"{_name(number)}.tar")
+    is_whole = any(
+        place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == done["shard"]["sha256"]
+        for place in places
+    )
+    return done if is_whole and done["source"] == source.sha256 else None
+
+
+def _require_same(made: dict[str, Any], wanted: dict[str, Any], out: Path) -> None:
+    before = {**made["settings"], "captioner": made["captioner"], "filter": made["filter"]}
+    now = {**wanted["settings"], "captioner": wanted["captioner"], "filter": wanted["filter"]}
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"--out {out} holds captions made with {name} {before.get(name)!r}, not {value!r}: choose another directory, or "
+                "remove this one"
+            )
+
+
+def _name(number: int) -> str:
+    return f"{number:06d}"
+
+
+def _work(out: Path, split: str) -> Path:
+    return out / f".{split}.capfilt"
+
+
+def _report(out: Path, split: str) -> Path:
+    return out / f"capfilt-{split}.json"
