@@ -91,6 +91,8 @@ def _check_backbone(backbone: BackboneConfig) -> None:
 
 def _check_data(data: DataConfig) -> None:
     _require(data.root != "", "data.root", data.root, "want the directory of the shards")
+    is_command = data.root.startswith("pipe:")
+    _require(not is_command or "{}" in data.root, "data.root", data.root, "a command wants {} where SPLIT/NAME belongs")
     for task, weight in data.tasks.items():
         _one_of("data.tasks", task, TASKS)
         _weight(f"data.tasks.{task}", weight)
@@ -100,6 +102,12 @@ def _check_data(data: DataConfig) -> None:
     _at_least(1, "data.questions_per_image", data.questions_per_image)
     _at_least(1, "data.max_turns", data.max_turns)
     _at_least(1, "data.shuffle_buffer", data.shuffle_buffer)
+    _at_least(0, "data.bucket", data.bucket)
+    _at_least(0, "data.workers", data.workers)
+    _positive("data.read_timeout", data.read_timeout)
+    budget = data.bad_sample_budget
+    _require(0 <= budget <= 1, "data.bad_sample_budget", budget, "want a share from 0 to 1")
+    _require(data.cache != "", "data.cache", data.cache, "want a directory, or null for the user's cache")
     _require("{question}" in data.question_prompt, "data.question_prompt", data.question_prompt, "lacks {question}")
     bare = data.question_prompt.replace("{question}", "")
     only = "only {question} may stand in braces"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,10 +19,13 @@ from tqdm import tqdm
 
 from free_dist.atomic import write_atomically
 from free_dist.config import UserError
+from free_dist.data.quarantine import BadSample
 from free_dist.data.records import Record, record_from_json, record_json
+from free_dist.data.sources import is_local, read_remote
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 28
 
 
 class ShardError(UserError):
@@ -81,23 +85,51 @@ def write_split(
     return manifest
 
 
-def read_manifest(root: Path, split: str) -> Manifest:
-    """The manifest of a split; raises ShardError if the split is missing, unfinished or of another schema."""
-    path = root / split / MANIFEST
-    if not path.is_file():
-        raise ShardError(
-            f"data.root: {path} does not exist; make the shards with: python launch/prepare_data.py easyvqa"
-        )
+def read_manifest(root: Path | str, split: str, *, timeout: float = 60.0) -> Manifest:
+    """The manifest of a split; raises ShardError if the split is missing, unfinished or of another schema.
+
+    ``root`` may be remote (``free_dist.data.sources``); then nothing may arrive for ``timeout`` seconds at most.
+    """
+    if is_local(str(root)):
+        path = str(Path(root) / split / MANIFEST)
+        if not Path(path).is_file():
+            raise ShardError(
+                f"data.root: {path} does not exist; make the shards with: python launch/prepare_data.py easyvqa"
+            )
+        content = Path(path).read_bytes()
+    else:
+        path = f"{root} {split}/{MANIFEST}"
+        try:
+            content = read_remote(str(root), f"{split}/{MANIFEST}", limit=MAX_MANIFEST_BYTES, timeout=timeout)
+        except BadSample as error:
+            raise ShardError(f"data.root: {path} cannot be read ({error})") from error
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(content)
+        version = raw.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ShardError(
+                f"{path}: schema version {version!r}, this code reads {SCHEMA_VERSION}; prepare the data again"
+            )
+        raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
+        manifest = Manifest(**raw)
     except json.JSONDecodeError as error:
         raise ShardError(f"{path} is not JSON ({error}); remove the split and prepare the data again") from error
-    if raw.get("schema_version") != SCHEMA_VERSION:
-        raise ShardError(
-            f"{path}: schema version {raw.get('schema_version')!r}, this code reads {SCHEMA_VERSION}; prepare the data again"
-        )
-    raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-    return Manifest(**raw)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{path} is no manifest ({error!r}); remove the split and prepare the data again") from error
+    for shard in manifest.shards:
+        _check_shard(path, shard)
+    return manifest
+
+
+def _check_shard(path: str, shard: Shard) -> None:
+    """Names and hashes stand in paths and commands, so they are looked at before they are believed."""
+    numbers = (shard.samples, shard.bytes)
+    is_named = isinstance(shard.name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", shard.name)
+    is_hashed = isinstance(shard.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", shard.sha256)
+    if not is_named or not is_hashed or any(type(number) is not int or number < 0 for number in numbers):
+        raise ShardError(f"{path}: no shard can be {shard!r}; remove the split and prepare the data again")
 
 
 def shard_paths(root: Path, split: str) -> list[str]:

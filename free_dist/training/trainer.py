@@ -17,6 +17,7 @@ from free_dist.backbones.checkpoint_hash import has_safetensors
 from free_dist.backbones.embedded import resolve_backbone
 from free_dist.config import ConfigError, Recipe, UserError
 from free_dist.data.pretrained import load_pretrained
+from free_dist.data.quarantine import QUARANTINE
 from free_dist.data.samples import Batch, Sample, SampleEncoder
 from free_dist.data.shards import ShardError, shard_paths
 from free_dist.data.stream import split_samples, training_batches
@@ -130,6 +131,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
         gradient_accumulation_steps=accumulation,
         rank=world.rank,
         world_size=world.size,
+        quarantine=run_dir / QUARANTINE,
     )
     stopped = False
     with (

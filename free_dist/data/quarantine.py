@@ -1,0 +1,106 @@
+"""What becomes of samples that cannot be used: each is named with its reason, and too many end the run.
+
+The file is JSON lines, appended to by every rank with one write a line.  Does not know how a fault was found, nor what
+takes the place of a bad sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from free_dist.config import UserError
+
+QUARANTINE = "quarantine.jsonl"
+"""Name of the file in a run's directory."""
+
+
+class BadSample(UserError):
+    """A sample, or a whole shard, that cannot be used; ``reason`` is a few fixed words, ``detail`` what was seen."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One line of the file."""
+
+    shard: str
+    """File name within the split; may be empty where no shard is at fault."""
+    key: str | None
+    """Of the sample; None: everything in the shard that is not named by itself."""
+    reason: str
+    detail: str = ""
+    samples: int = 1
+    """Records that are lost."""
+
+
+class Quarantine:
+    """The faults found so far in one split, by this process and, where ``path`` is shared, by the others."""
+
+    def __init__(self, path: Path | None, *, place: str, total: int, budget: float) -> None:
+        """``place`` names the split in messages; ``total``: its records; ``budget``: the share of them that may be bad."""
+        self._path = path
+        self._place = place
+        self._total = total
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._faults: dict[tuple[str, str | None], Fault] = {}
+        self._read()
+
+    @property
+    def faults(self) -> list[Fault]:
+        """All that are known, each once, in the order in which they were found."""
+        return list(self._faults.values())
+
+    @property
+    def lost(self) -> int:
+        """Records that cannot be used."""
+        return sum(fault.samples for fault in self.faults)
+
+    def add(self, fault: Fault) -> None:
+        """Note a fault, once; raises UserError when the bad share of the split exceeds its budget."""
+        with self._lock:
+            place = (fault.shard, fault.key)
+            if place not in self._faults:
+                self._read()  # faults are rare, and other ranks find some
+                if place not in self._faults:
+                    self._write(fault)
+                self._faults[place] = fault
+            lost = self.lost
+        if lost > self._budget * self._total:
+            where = "" if self._path is None else f" Every one is named in {self._path}."
+            raise UserError(
+                f"data.bad_sample_budget={self._budget}: {lost} of {self._total} records of {self._place} cannot be used, the "
+                f"last one {fault.shard} {fault.key or '(whole shard)'}: {fault.reason} {fault.detail}.{where} Prepare the data "
+                "again, remove that file and start again, or raise the budget"
+            )
+
+    def _read(self) -> None:
+        if self._path is None or not self._path.is_file():
+            return
+        for line in self._path.read_text(errors="replace").splitlines():
+            try:
+                content = json.loads(line)
+                if content.pop("split") == self._place:
+                    fault = Fault(**content)
+                    self._faults.setdefault((fault.shard, fault.key), fault)
+            except (ValueError, TypeError, KeyError, AttributeError):  # torn by a crash: the fault is found again
+                continue
+
+    def _write(self, fault: Fault) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"split": self._place} | asdict(fault), ensure_ascii=True) + "\n"
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
