@@ -52,6 +52,8 @@ class Quarantine:
         self._budget = budget
         self._lock = threading.Lock()
         self._faults: dict[tuple[str, str | None], Fault] = {}
+        self.lost = 0
+        """Records that cannot be used."""
         self._read()
 
     @property
@@ -59,38 +61,38 @@ class Quarantine:
         """All that are known, each once, in the order in which they were found."""
         return list(self._faults.values())
 
-    @property
-    def lost(self) -> int:
-        """Records that cannot be used."""
-        return sum(fault.samples for fault in self.faults)
-
-    def add(self, fault: Fault) -> None:
-        """Note a fault, once; raises UserError when the bad share of the split exceeds its budget."""
+    def add(self, *faults: Fault) -> None:
+        """Note faults, each once; raises UserError when the bad share of the split then exceeds its budget."""
         with self._lock:
-            place = (fault.shard, fault.key)
-            if place not in self._faults:
+            if any((fault.shard, fault.key) not in self._faults for fault in faults):
                 self._read()  # faults are rare, and other ranks find some
-                if place not in self._faults:
+            for fault in faults:
+                if (fault.shard, fault.key) not in self._faults:
                     self._write(fault)
-                self._faults[place] = fault
-            lost = self.lost
-        if lost > self._budget * self._total:
-            where = "" if self._path is None else f" Every one is named in {self._path}."
-            raise UserError(
-                f"data.bad_sample_budget={self._budget}: {lost} of {self._total} records of {self._place} cannot be used, the "
-                f"last one {fault.shard} {fault.key or '(whole shard)'}: {fault.reason} {fault.detail}.{where} Prepare the data "
-                "again, remove that file and start again, or raise the budget"
-            )
+                    self._note(fault)
+            if self.lost > self._budget * self._total:
+                where = "" if self._path is None else f" Every one is named in {self._path}."
+                example = faults[-1]
+                raise UserError(
+                    f"data.bad_sample_budget={self._budget}: {self.lost} of {self._total} records of {self._place} cannot be "
+                    f"used, as in {example.shard} {example.key or '(whole shard)'}: {example.reason} {example.detail}.{where} "
+                    "Prepare the data again, remove that file and start again, or raise the budget"
+                )
+
+    def _note(self, fault: Fault) -> None:
+        self._faults[fault.shard, fault.key] = fault
+        self.lost += fault.samples
 
     def _read(self) -> None:
         if self._path is None or not self._path.is_file():
             return
-        for line in self._path.read_text(errors="replace").splitlines():
+        for line in self._path.read_text(errors="replace").split("\n"):
             try:
                 content = json.loads(line)
                 if content.pop("split") == self._place:
                     fault = Fault(**content)
-                    self._faults.setdefault((fault.shard, fault.key), fault)
+                    if (fault.shard, fault.key) not in self._faults:
+                        self._note(fault)
             except (ValueError, TypeError, KeyError, AttributeError):  # torn by a crash: the fault is found again
                 continue
 

@@ -116,8 +116,7 @@ class SplitIndex:
 
     def report(self, record: int, fault: BadSample) -> None:
         """Name a record in the quarantine; raises UserError when the budget is spent."""
-        shard = self.manifest.shards[int(self.shard_of[record])].name
-        self.quarantine.add(Fault(shard=shard, key=self.key(record), reason=fault.reason, detail=fault.detail))
+        self.quarantine.add(self._fault(record, fault))
 
     def give_up(self, what: tuple[int, str]) -> None:
         """Never again do what hung: (record, "read" or "decode")."""
@@ -130,6 +129,10 @@ class SplitIndex:
     def key(self, record: int) -> str:
         """The key of a record."""
         return self.keys[record].decode()
+
+    def _fault(self, record: int, fault: BadSample) -> Fault:
+        shard = self.manifest.shards[int(self.shard_of[record])].name
+        return Fault(shard=shard, key=self.key(record), reason=fault.reason, detail=fault.detail)
 
     def _of_shard(self, number: int) -> ShardIndex:
         shard = self.manifest.shards[number]
@@ -163,14 +166,11 @@ class SplitIndex:
             self.rows = np.concatenate([part.rows for part in parts])
             self.keys = np.concatenate([part.keys for part in parts])
             self.shard_of = np.repeat(np.arange(len(parts)), [len(part.rows) for part in parts])
-        for part in parts:
-            for fault in part.faults:
-                if fault.samples:
-                    self.quarantine.add(fault)
+        faults = [fault for part in parts for fault in part.faults if fault.samples]
         first = np.zeros(len(self.rows), dtype=bool)
         first[np.unique(self.rows["key_hash"], return_index=True)[1]] = True
-        for record in np.flatnonzero(~first).tolist():
-            self.report(record, BadSample("duplicate key", "the first record of this key is kept"))
+        again = BadSample("duplicate key", "the first record of this key is kept")
+        self.quarantine.add(*faults, *(self._fault(record, again) for record in np.flatnonzero(~first).tolist()))
         self.rows, self.keys, self.shard_of = self.rows[first], self.keys[first], self.shard_of[first]
 
 

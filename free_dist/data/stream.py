@@ -131,7 +131,10 @@ class RowReader:
             if not isinstance(rows, BadSample):
                 return rows[number]
             self._stream.index.report(record, rows)
-        raise UserError(f"data.root: {ATTEMPTS} samples of {self._stream.config.root} in a row cannot be used")
+            last = rows
+        raise UserError(
+            f"data.root: {ATTEMPTS} samples of {self._stream.config.root} cannot be used, the last one for: {last}"
+        )
 
     def close(self) -> None:
         """Close every file."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from free_dist.config import DataConfig, UserError
 from free_dist.data.order import EpochOrder, StreamState, key_of, permutation, tasks_of_batches
-from free_dist.data.samples import SampleEncoder, training_samples
+from free_dist.data.samples import training_samples
 from free_dist.data.shard_index import said, stand_in
 from free_dist.data.split_index import RecordReader
 from free_dist.data.stream import Stream, global_batches, training_batches
@@ -24,67 +22,20 @@ pytestmark = pytest.mark.elastic
 ROWS = 12
 """Rows of a global batch: as many for one, two, three and four processes."""
 
-Row = tuple[str, str, int]
 
-
-def config_for(root: Path, **changes: object) -> DataConfig:
-    settings: dict[str, object] = {"tasks": {"vqa": 1.0, "caption": 1.0}, "shuffle_buffer": 64, "read_timeout": 20.0}
-    return DataConfig(root=str(root), **(settings | changes))
-
-
-def of_rank(
-    config: DataConfig, encoder: SampleEncoder, batches: int, rank: int, world: int, start: dict[str, object] | None
-) -> list[list[Row]]:
-    """(task, key, sum of pixels) of this rank's rows of each global batch."""
-    micro = training_batches(
-        config,
-        encoder,
-        seed=3,
-        micro_batch_size=ROWS // world,
-        rank=rank,
-        world_size=world,
-        start=None if start is None else StreamState.from_dict(start),
-    )
-    found = []
-    for batch in islice(micro, batches):
-        sums = batch.pixel_values.flatten(1).double().sum(1)[batch.image_index].tolist()
-        found.append([(batch.task, key, round(1000 * total)) for key, total in zip(batch.keys, sums, strict=True)])
-    return found
-
-
-def _answer(connection, *arguments: object) -> None:
-    connection.send(of_rank(*arguments))
-
-
-def in_processes(config: DataConfig, encoder: SampleEncoder, batches: int, world: int, start=None) -> list[list[Row]]:
-    """Global batches that ``world`` real processes read together, each its own rows."""
-    context = multiprocessing.get_context("fork")
-    ends = []
-    for rank in range(world):
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_answer, args=(there, config, encoder, batches, rank, world, start))
-        process.start()
-        there.close()
-        ends.append((process, here))
-    shares = []
-    for process, here in ends:
-        assert here.poll(60)
-        shares.append(here.recv())
-        process.join(10)
-    return [[row for share in shares for row in share[batch]] for batch in range(batches)]
-
-
-def test_ranks_come_and_go_in_the_middle_of_an_epoch_and_nothing_changes(written, tiny_encoder) -> None:
-    config = config_for(written())
+def test_ranks_come_and_go_in_the_middle_of_an_epoch_and_nothing_changes(
+    written, stream_config, in_processes, tiny_encoder
+) -> None:
+    config = stream_config(written())
     length = Stream(config, seed=3).epoch_length("vqa")
     needed = 2 * (length // ROWS) + 20  # more than one epoch of each task
     whole = in_processes(config, tiny_encoder, needed, world=1)
     pieces, start, done = [], None, 0
     for world, count in ((4, 7), (2, 9), (3, needed - 30), (1, 14)):
-        pieces += in_processes(config, tiny_encoder, count, world, start)
+        pieces += in_processes(config, tiny_encoder, count, world, start=start)
         done += count
         state = StreamState.after(done, weights=config.tasks, seed=3, rows=ROWS)
-        start = json.loads(json.dumps(state.to_dict()))
+        start = StreamState.from_dict(json.loads(json.dumps(state.to_dict())))
     assert done == needed
     assert pieces == whole
     asked = [row for batch in whole for row in batch if row[0] == "vqa"][:length]
@@ -93,9 +44,9 @@ def test_ranks_come_and_go_in_the_middle_of_an_epoch_and_nothing_changes(written
 
 @pytest.mark.parametrize("task", ["vqa", "caption"])
 def test_an_epoch_shows_every_sample_once_and_the_next_one_does_so_in_another_order(
-    written, some_records, task
+    written, stream_config, some_records, task
 ) -> None:
-    config = config_for(written(), tasks={task: 1.0})
+    config = stream_config(written(), tasks={task: 1.0})
     length = Stream(config, seed=1).epoch_length(task)
     shown = [s.key for batch in islice(global_batches(config, seed=1, rows=length), 3) for s in batch]
     epochs = [shown[i * length : (i + 1) * length] for i in range(3)]
@@ -108,16 +59,18 @@ def test_an_epoch_shows_every_sample_once_and_the_next_one_does_so_in_another_or
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_cut_into_shards_the_workers_and_the_rows_of_a_batch_do_not_change_the_order(written, tiny_encoder) -> None:
+def test_the_cut_into_shards_the_workers_and_the_rows_of_a_batch_do_not_change_the_order(
+    written, stream_config, tiny_encoder
+) -> None:
     def keys(config: DataConfig, rows: int) -> list[str]:
         batches = training_batches(config, tiny_encoder, seed=5, micro_batch_size=rows)
         return [key for batch in islice(batches, 120 // rows) for key in batch.keys]
 
-    one = keys(config_for(written(), tasks={"caption": 1.0}), 12)
+    one = keys(stream_config(written(), tasks={"caption": 1.0}), 12)
     other = written(records_per_shard=7, name="other")
-    assert keys(config_for(other, tasks={"caption": 1.0}), 12) == one
-    assert keys(config_for(other, tasks={"caption": 1.0}, workers=3), 12) == one
-    assert keys(config_for(other, tasks={"caption": 1.0}, workers=0), 6) == one
+    assert keys(stream_config(other, tasks={"caption": 1.0}), 12) == one
+    assert keys(stream_config(other, tasks={"caption": 1.0}, workers=3), 12) == one
+    assert keys(stream_config(other, tasks={"caption": 1.0}, workers=0), 6) == one
 
 
 class Counted:
@@ -130,8 +83,8 @@ class Counted:
 
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
-def test_a_restart_reads_no_record_but_those_it_gives(written, monkeypatch, share: float) -> None:
-    config = config_for(written(), tasks={"caption": 1.0})
+def test_a_restart_reads_no_record_but_those_it_gives(written, stream_config, monkeypatch, share: float) -> None:
+    config = stream_config(written(), tasks={"caption": 1.0})
     stream = Stream(config, seed=0)
     done = int(share * stream.epoch_length("caption")) // 4
     state = StreamState.after(done, weights=config.tasks, seed=0, rows=4)
