@@ -3,13 +3,15 @@
     python benchmarks/stream.py                        # about two minutes; makes its own shards in a temporary directory
     python benchmarks/stream.py --root data/easyvqa    # on prepared shards with captions
 
-Sides take turns in one process, and every figure is a median of rounds.  The stream checks every byte it gives (size, CRC, types),
-has its order fixed by (seed, epoch, place) and notices shards that vanish; the others do none of this.  The last line is JSON:
+Sides take turns in one process, and every figure is a median of rounds.  The stream checks every byte it gives (CRC, sizes,
+types), has its order fixed by (seed, epoch, place) and notices shards that vanish; the others do none of this.  The last
+line is JSON:
 
-- ``ratio_to_webdataset``: records a second, from bytes on disk to parsed records, over those of webdataset's own pipeline (shard list,
-  tar reader, parser, shuffle buffer of the same size).  The page cache is warm; ``ratio_cold``: every file is dropped from it before a round.
-- ``ratio_decoded``: the same with every image decoded, as in training.
-- ``ratio_to_random_access``: over webdataset's indexed reader (wids) in the same order.
+- ``ratio_to_webdataset``: records a second, from files to parsed records, over those of webdataset's own pipeline (shard
+  list, tar reader, parser, shuffle buffer of the same size), from the page cache.
+- ``ratio_cold``: the same, every file being dropped from the page cache before a round.
+- ``ratio_decoded``: the same with every image decoded, as in training, from the page cache.
+- ``ratio_to_random_access``: over a bare table of offsets: shuffle, seek, read, parse.
 - ``seek_ratio_99_to_1``: time from opening the stream to its first batch at 99% of an epoch, over that at 1%.
 """
 
@@ -21,20 +23,20 @@ import json
 import os
 import random
 import statistics
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import webdataset as wds
-import wids
 from PIL import Image
 
 from free_dist.config import DataConfig
 from free_dist.data.images import decode_image
 from free_dist.data.order import StreamState
 from free_dist.data.records import Question, Record, record_from_json
-from free_dist.data.shards import read_manifest, record_from_fields, shard_paths, write_split
+from free_dist.data.shards import record_from_fields, shard_paths, write_split
 from free_dist.data.stream import epoch_samples, global_batches
 
 ROWS = 32
@@ -77,18 +79,30 @@ def of_webdataset(config: DataConfig, *, decoded: bool) -> int:
     return count
 
 
-def of_random_access(config: DataConfig) -> int:
-    """One epoch of webdataset's indexed reader in random order, parsed like the others; returns the records."""
-    shards = read_manifest(Path(config.root), "train").shards
-    described = [{"url": f"{config.root}/train/{shard.name}", "nsamples": shard.samples} for shard in shards]
-    dataset = wids.ShardListDataset(described, transformations=[], keep=True)
-    order = list(range(len(dataset)))
-    random.Random(0).shuffle(order)
+def offsets(config: DataConfig) -> list[tuple[str, dict[str, tuple[int, int]]]]:
+    """(shard, suffix -> (offset, size)) of every record, as tarfile finds them: an index without any check."""
+    found: dict[str, tuple[str, dict[str, tuple[int, int]]]] = {}
+    for path in shard_paths(Path(config.root), "train"):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, suffix = member.name.partition(".")
+                found.setdefault(key, (path, {}))[1][suffix] = (member.offset_data, member.size)
+    return list(found.values())
+
+
+def of_random_access(table: list[tuple[str, dict[str, tuple[int, int]]]]) -> int:
+    """One epoch of the least that indexed random access can be: shuffle the table, seek, read, parse; returns the records."""
+    files = {path: open(path, "rb") for path, _ in table}
     count = 0
-    for i in order:
-        sample = dataset[i]
-        image = next(sample[name] for name in (".png", ".jpg") if name in sample).read()
-        count += bool(record_from_json(sample["__key__"], image, sample[".json"].read()).captions)
+    for path, members in random.Random(0).sample(table, len(table)):
+        read = {}
+        for suffix, (offset, size) in members.items():
+            files[path].seek(offset)
+            read[suffix] = files[path].read(size)
+        image = read.get("jpg") or read["png"]
+        count += bool(record_from_json("key", image, read["json"]).captions)
+    for file in files.values():
+        file.close()
     return count
 
 
@@ -139,11 +153,12 @@ def measure(config: DataConfig, rounds: int) -> dict[str, float]:
     begun = time.perf_counter()
     samples = of_stream(config, decoded=False)
     indexing = time.perf_counter() - begun
+    table = offsets(config)
     reading = take_turns(
         {
             "stream": lambda: of_stream(config, decoded=False),
             "webdataset": lambda: of_webdataset(config, decoded=False),
-            "random_access": lambda: of_random_access(config),
+            "random_access": lambda: of_random_access(table),
         },
         rounds,
     )
