@@ -59,6 +59,9 @@ class SplitIndex:
     stalled_records: set[int] = field(default_factory=set)
     """Records on which a decoder hung."""
 
+    def __post_init__(self) -> None:
+        self._directory = Path(self.config.root) / self.split
+
     @classmethod
     def open(cls, config: DataConfig, split: str, *, quarantine: Path | None = None, rank: int = 0) -> SplitIndex:
         """Index every shard that is not indexed yet, and leave out what cannot be used.
@@ -90,7 +93,7 @@ class SplitIndex:
         """A local file with a shard's content; raises BadSample if it is remote and does not come."""
         entry = self.manifest.shards[shard]
         if is_local(self.config.root):
-            return Path(self.config.root) / self.split / entry.name
+            return self._directory / entry.name
         path = cache_directory(self.config.cache) / f"{entry.sha256}.tar"
         if not path.exists():
             relative = f"{self.split}/{entry.name}"
@@ -159,7 +162,7 @@ class SplitIndex:
         cached = cache_directory(self.config.cache) / f"{shard.sha256}{SUFFIX}"
         if not is_local(self.config.root):
             return [cached]
-        return [Path(self.config.root) / self.split / f"{shard.name}{SUFFIX}", cached]
+        return [self._directory / f"{shard.name}{SUFFIX}", cached]
 
     def _join(self, parts: list[ShardIndex]) -> None:
         if parts:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -198,13 +198,20 @@ def training_batches(
     world_size: int = 1,
     start: StreamState | None = None,
     quarantine: Path | None = None,
+    agreed: Callable[[int], bool] = lambda fingerprint: True,
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank; ``gradient_accumulation_steps`` consecutive ones make its global batch.
 
     ``start``: go on from there.  ``quarantine``: the file that names samples that cannot be used, shared by all ranks.
-    Raises what Stream raises, at once, and UserError when more of the data is bad than the recipe lets pass.
+    ``agreed``: whether all ranks have the same number, which tells records apart; called once.  Raises what Stream raises, at
+    once, and UserError where ranks see other records or more of the data is bad than the recipe lets pass.
     """
     stream = Stream(config, seed=seed, quarantine=quarantine, rank=rank)
+    if not agreed(stream.index.fingerprint()):
+        raise UserError(
+            f"data.root: the ranks do not see the same records under {config.root}: prepare the data on every machine alike, "
+            "and start again if one could not read a shard"
+        )
     rows = micro_batch_size * world_size * gradient_accumulation_steps
 
     def jobs() -> Iterator[tuple[str, range]]:

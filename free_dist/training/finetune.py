@@ -29,7 +29,7 @@ from free_dist.data.quarantine import QUARANTINE
 from free_dist.data.samples import IGNORE, Batch, Sample, SampleEncoder
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
-from free_dist.distributed import StopFlag, World, all_reduce_sum, all_true, seed_everything
+from free_dist.distributed import StopFlag, World, all_equal, all_reduce_sum, all_true, seed_everything
 from free_dist.ds_config import precision
 from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_loading, trained_weights
 from free_dist.monitor import LOG, Monitor
@@ -214,6 +214,7 @@ def _remaining_steps(
         world_size=world.size,
         start=StreamState.after(done, weights=weights, seed=seed, rows=size * accumulation * world.size),
         quarantine=Path(recipe.run_dir) / QUARANTINE,
+        agreed=all_equal,
     )
     while True:
         yield list(itertools.islice(batches, accumulation))

@@ -23,7 +23,7 @@ from free_dist.data.shards import ShardError, shard_paths
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
 from free_dist.decoding.generate import generate
-from free_dist.distributed import StopFlag, World, all_reduce_mean, all_reduce_sum, seed_everything
+from free_dist.distributed import StopFlag, World, all_equal, all_reduce_mean, all_reduce_sum, seed_everything
 from free_dist.ds_config import (
     fits,
     gradient_accumulation_steps,
@@ -132,6 +132,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
         rank=world.rank,
         world_size=world.size,
         quarantine=run_dir / QUARANTINE,
+        agreed=all_equal,
     )
     stopped = False
     with (

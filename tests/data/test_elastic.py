@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice, pairwise
@@ -157,8 +158,6 @@ def test_places_of_one_record_stand_side_by_side() -> None:
 
 
 def test_what_is_said_of_a_record_tells_how_many_samples_it_gives(some_records, tiny_data) -> None:
-    import random
-
     def numbers() -> Iterator[tuple[int, int]]:
         for record in some_records:
             for task in ("vqa", "caption", "dialogue"):
@@ -166,3 +165,33 @@ def test_what_is_said_of_a_record_tells_how_many_samples_it_gives(some_records, 
                 yield make(record), make(stand_in(said(record)))
 
     assert all(real == predicted for real, predicted in numbers())
+
+
+def test_bucketing_saves_padding_and_keeps_every_sample(written, stream_config, tiny_encoder) -> None:
+    root = written()
+
+    def epoch(bucket: int) -> tuple[list[str], int]:
+        config = stream_config(root, tasks={"caption": 1.0}, shuffle_buffer=1000, bucket=bucket)
+        batches = list(islice(training_batches(config, tiny_encoder, seed=0, micro_batch_size=12), 16))
+        padding = sum(int((batch.input_ids == tiny_encoder.layout.pad_token_id).sum()) for batch in batches)
+        return [key for batch in batches for key in batch.keys], padding
+
+    plain, bucketed = epoch(0), epoch(12)
+    assert sorted(plain[0]) == sorted(bucketed[0])
+    assert bucketed[1] < 0.7 * plain[1]
+
+
+def test_ranks_that_see_other_records_do_not_start(written, some_records, stream_config, tiny_encoder) -> None:
+    seen: list[int] = []
+
+    def agreed(fingerprint: int) -> bool:
+        seen.append(fingerprint)
+        return len(set(seen)) == 1
+
+    for name, rows in (("one", some_records), ("same", some_records), ("less", some_records[1:])):
+        config = stream_config(written(rows, records_per_shard=20 + len(seen), name=name))
+        if name == "less":
+            with pytest.raises(UserError, match="do not see the same records"):
+                training_batches(config, tiny_encoder, seed=0, micro_batch_size=2, agreed=agreed)
+        else:
+            training_batches(config, tiny_encoder, seed=0, micro_batch_size=2, agreed=agreed)
