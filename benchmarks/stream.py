@@ -1,6 +1,6 @@
 """How fast the stream reads, against plain webdataset and indexed random access on the same shards, and how fast it seeks.
 
-    python benchmarks/stream.py                        # about two minutes; makes its own shards in a temporary directory
+    python benchmarks/stream.py                        # a few minutes; makes its own shards in a temporary directory
     python benchmarks/stream.py --root data/easyvqa    # on prepared shards with captions
 
 Sides take turns in one process, and every figure is a median of rounds.  The stream checks every byte it gives (CRC, sizes,
@@ -189,7 +189,7 @@ def main() -> None:
     """Make shards unless there are some, measure, print one JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="directory of prepared shards; default: makes some")
-    parser.add_argument("--records", type=int, default=3000, help="records to make")
+    parser.add_argument("--records", type=int, default=2000, help="records to make")
     parser.add_argument("--side", type=int, default=480, help="pixels of a side of their images")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of every measurement")
     parser.add_argument("--shuffle_buffer", type=int, default=1000, help="records that are shuffled among each other")

@@ -39,7 +39,7 @@ def fill(recipe: Recipe) -> None:
     backbone, encoder = load_pretrained(recipe.backbone.path)
     if not isinstance(backbone, FeatureLmBackbone):
         raise ConfigError(f"backbone.path={recipe.backbone.path}: only a feature_lm backbone has a visual cache")
-    images = (record.image for split in SPLITS for record in records(Path(recipe.data.root), split))
+    images = (record.image for split in SPLITS for record in records(recipe.data, split))
     directory = Path(recipe.data.visual_cache)
     make_cache(directory, images, backbone, encoder, lambda batches: tqdm(batches, desc="vision", unit="batch"))
     print(f"{directory}: {len(VisualCache(directory, backbone, encoder))} images")

@@ -84,7 +84,11 @@ def in_background(
             task.run(work)
             task = waiting.get()
 
+    threads = 0
+
     def start(first: _Task[Job, Result] | None = None) -> None:
+        nonlocal threads
+        threads += 1
         threading.Thread(target=serve, args=(first,), daemon=True, name="free_dist-data").start()
 
     for _ in range(workers):
@@ -108,5 +112,5 @@ def in_background(
                 raise task.error
             yield task.results[0]
     finally:
-        for _ in range(workers):
+        for _ in range(threads):  # those that hang, too: some come back
             waiting.put(None)

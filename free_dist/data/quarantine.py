@@ -71,12 +71,16 @@ class Quarantine:
                     self._write(fault)
                     self._note(fault)
             if self.lost > self._budget * self._total:
-                where = "" if self._path is None else f" Every one is named in {self._path}."
+                where = "Prepare the data again"
+                if self._path is not None:
+                    where = (
+                        f"Every one is named in {self._path}: prepare the data again, remove that file and start again"
+                    )
                 example = faults[-1]
                 raise UserError(
                     f"data.bad_sample_budget={self._budget}: {self.lost} of {self._total} records of {self._place} cannot be "
-                    f"used, as in {example.shard} {example.key or '(whole shard)'}: {example.reason} {example.detail}.{where} "
-                    "Prepare the data again, remove that file and start again, or raise the budget"
+                    f"used, as in {example.shard} {example.key or '(whole shard)'}: {example.reason} {example.detail}. "
+                    f"{where}, or raise the budget"
                 )
 
     def _note(self, fault: Fault) -> None:

@@ -132,11 +132,14 @@ def _check_shard(path: str, shard: Shard) -> None:
         raise ShardError(f"{path}: no shard can be {shard!r}; remove the split and prepare the data again")
 
 
-def shard_paths(root: Path, split: str) -> list[str]:
-    """Paths of a split's shards in manifest order; raises ShardError when one is missing or has another size."""
+def shard_paths(root: Path | str, split: str) -> list[str]:
+    """Paths of a split's shards in manifest order; raises ShardError when a local one is missing or has another size."""
     paths = []
     for shard in read_manifest(root, split).shards:
-        path = root / split / shard.name
+        if not is_local(str(root)):
+            paths.append(f"{root}/{split}/{shard.name}")
+            continue
+        path = Path(root) / split / shard.name
         if not path.is_file() or path.stat().st_size != shard.bytes:
             raise ShardError(
                 f"{path} is missing or not of the {shard.bytes} bytes in its manifest; prepare the data again"

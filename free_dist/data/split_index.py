@@ -198,6 +198,9 @@ class RecordReader:
         while self._open:
             os.close(self._open.popitem()[1][0])
 
+    def __del__(self) -> None:
+        self.close()  # a worker's reader ends with its thread
+
     def _descriptor(self, shard: int) -> int:
         """An open file of the shard as it is now: one that was removed is gone for all ranks alike, open or not."""
         path = self._index.path(shard)

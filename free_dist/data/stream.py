@@ -160,9 +160,23 @@ class RowReader:
         return [Row(sample=sample, pixels=pixels) for sample in samples]
 
 
-def records(root: Path | str, split: str, *, shuffle: tuple[str, int] | None = None) -> Iterator[Record]:
-    """Records of a split, in manifest order, or shuffled by ``(seed, window)``; those that cannot be used are left out."""
-    return _records(DataConfig(root=str(root)), split, shuffle)
+def records(data: DataConfig | Path | str, split: str, *, shuffle: tuple[str, int] | None = None) -> Iterator[Record]:
+    """Records of a split, in manifest order, or shuffled by ``(seed, window)``; those that cannot be used are left out.
+
+    ``data``: a recipe's section, or a directory of shards.  Raises what :meth:`SplitIndex.open` raises.
+    """
+    index = SplitIndex.open(data if isinstance(data, DataConfig) else DataConfig(root=str(data)), split)
+    order = np.arange(len(index.rows))
+    if shuffle is not None:
+        order = permutation(len(order), key_of(shuffle[0]), window=shuffle[1])
+    with closing(RecordReader(index)) as reader:
+        for record in order.tolist():
+            try:
+                content = reader.read(record)
+            except BadSample as fault:
+                index.report(record, fault)
+                continue
+            yield content
 
 
 def epoch_samples(config: DataConfig, task: str, *, seed: int, epoch: int) -> Iterator[Sample]:
@@ -249,7 +263,7 @@ def split_samples(
     config: DataConfig, split: str, task: str, *, max_samples: int = 0, rank: int = 0, world_size: int = 1
 ) -> list[Sample]:
     """This rank's share of an evaluation; ``max_samples`` (0: all) picks them evenly spaced over the whole split."""
-    samples = [s for r in _records(config, split) for s in evaluation_samples(r, task, config)]
+    samples = [s for r in records(config, split) for s in evaluation_samples(r, task, config)]
     if 0 < max_samples < len(samples):
         samples = [samples[i * len(samples) // max_samples] for i in range(max_samples)]
     return samples[rank::world_size]
@@ -257,25 +271,10 @@ def split_samples(
 
 def corpus(config: DataConfig) -> Iterator[str]:
     """Every prompt and answer of the training split as it stands in a row, for training a tokenizer."""
-    for record in _records(config, "train"):
+    for record in records(config, "train"):
         for task in TASKS[:2]:
             for sample in evaluation_samples(record, task, config):
                 for turn in sample.turns:
                     yield turn.prompt
                     yield from (f" {turn.prompt}", f" {turn.answer}")
         yield from (f" {caption}" for caption in record.captions)
-
-
-def _records(config: DataConfig, split: str, shuffle: tuple[str, int] | None = None) -> Iterator[Record]:
-    index = SplitIndex.open(config, split)
-    order = np.arange(len(index.rows))
-    if shuffle is not None:
-        order = permutation(len(order), key_of(shuffle[0]), window=shuffle[1])
-    with closing(RecordReader(index)) as reader:
-        for record in order.tolist():
-            try:
-                content = reader.read(record)
-            except BadSample as fault:
-                index.report(record, fault)
-                continue
-            yield content

@@ -15,7 +15,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +51,7 @@ def pretrain_connector(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: 
     images have them.  Raises UserError when no word tells one image from another.
     """
     settings, seed = recipe.finetune, recipe.training.seed
-    tokens = word_tokens(encoder, records(Path(recipe.data.root), "train"))
+    tokens = word_tokens(encoder, records(recipe.data, "train"))
     model = backbone.model
     embedded = model.get_input_embeddings().weight.detach()
     others = torch.randperm(len(embedded), generator=torch.Generator().manual_seed(seed))[:OTHER_WORDS]
@@ -127,7 +126,7 @@ def _images_and_words(
     present: list[list[int]] = []
     for epoch in itertools.count():
         shuffle = (f"{recipe.training.seed}/connector/{epoch}", recipe.data.shuffle_buffer)
-        for record in records(Path(recipe.data.root), "train", shuffle=shuffle):
+        for record in records(recipe.data, "train", shuffle=shuffle):
             words = sorted(record_words(record) & rows.keys())
             if not words:
                 continue

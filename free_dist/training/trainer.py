@@ -227,7 +227,7 @@ def _check_samples(recipe: Recipe) -> None:
     if not recipe.training.sample_every:
         return
     try:
-        shard_paths(Path(recipe.data.root), SAMPLED_SPLIT)
+        shard_paths(recipe.data.root, SAMPLED_SPLIT)
     except ShardError as error:
         raise UserError(
             f"training.sample_every={recipe.training.sample_every}: sample texts need the {SAMPLED_SPLIT} split of "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ def pretrain_vision(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Rec
     the sum of their cross entropies.  Returns the last loss.  Raises UserError when no answer tells one image from another.
     """
     settings, seed = recipe.finetune, recipe.training.seed
-    labels = distinctive_answers(records(Path(recipe.data.root), "train"))
+    labels = distinctive_answers(records(recipe.data, "train"))
     torch.manual_seed(seed)
     from_patches = nn.Linear(backbone.model.config.vision_config.hidden_size, len(labels))
     from_prefix = nn.Linear(backbone.layout.num_query_tokens * backbone.hidden_size, len(labels))
@@ -93,7 +92,7 @@ def _labelled_images(encoder: SampleEncoder, recipe: Recipe, labels: list[str]) 
     epoch = 0
     while True:
         shuffle = (f"{recipe.training.seed}/vision/{epoch}", recipe.data.shuffle_buffer)
-        for record in records(Path(recipe.data.root), "train", shuffle=shuffle):
+        for record in records(recipe.data, "train", shuffle=shuffle):
             answers = {answer for question in record.questions for answer in question.answers}
             target = torch.tensor([float(label in answers) for label in labels])
             if target.any():

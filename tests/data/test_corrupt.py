@@ -235,7 +235,7 @@ class Stalling(SampleEncoder):
 def test_a_decoder_that_hangs_is_given_up_alike_by_all_worlds(
     written, stream_config, in_processes, tiny_encoder, some_records, tmp_path
 ) -> None:
-    config = stream_config(written(), tasks={"caption": 1.0}, bad_sample_budget=0.5, read_timeout=0.3, workers=2)
+    config = stream_config(written(), tasks={"caption": 1.0}, bad_sample_budget=0.5, read_timeout=2.0, workers=2)
     hanging = some_records[101:103]
     encoder = Stalling(tiny_encoder, {record.image for record in hanging})
     runs = [in_processes(config, encoder, 16, world, quarantine=tmp_path / f"{world}.jsonl") for world in (1, 3)]
@@ -251,7 +251,7 @@ def test_a_decoder_that_hangs_is_given_up_alike_by_all_worlds(
 def test_a_reader_that_hangs_costs_its_shard_and_one_timeout(
     written, stream_config, tiny_encoder, some_records, tmp_path, monkeypatch
 ) -> None:
-    config = stream_config(written(), tasks={"caption": 1.0}, bad_sample_budget=0.5, read_timeout=0.5)
+    config = stream_config(written(), tasks={"caption": 1.0}, bad_sample_budget=0.5, read_timeout=2.0)
     read = os.pread
 
     def hung(descriptor: int, size: int, offset: int) -> bytes:
@@ -264,7 +264,7 @@ def test_a_reader_that_hangs_costs_its_shard_and_one_timeout(
     begun = time.monotonic()
     batches = training_batches(config, tiny_encoder, seed=0, micro_batch_size=12, quarantine=tmp_path / "q.jsonl")
     shown = {key for batch in islice(batches, 16) for key in batch.keys}
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 20
     lost = {record.key for record in some_records[100:120] if record.captions}
     assert shown == {record.key for record in some_records if record.captions} - lost
     assert {line["key"] for line in named(tmp_path / "q.jsonl")} == lost
