@@ -71,7 +71,8 @@ class DataConfig:
     """Which shards are streamed and how records become samples."""
 
     root: str = "data/easyvqa"
-    """Directory of WebDataset shards with one ``manifest.json`` per split."""
+    """Directory of WebDataset shards with one ``manifest.json`` per split, an fsspec URL (``s3://...``) of one, or
+    ``pipe:COMMAND`` whose ``{}`` is replaced by ``SPLIT/NAME``."""
     tasks: dict[str, float] = field(default_factory=lambda: {"vqa": 1.0, "caption": 1.0, "dialogue": 1.0})
     """Task name -> relative frequency of batches of that task (vqa, caption, dialogue)."""
     questions_per_image: int = 4
@@ -79,7 +80,17 @@ class DataConfig:
     max_turns: int = 4
     """Longest dialogue, in question-answer turns."""
     shuffle_buffer: int = 1000
-    """Records held by the shuffle buffer."""
+    """Records that are shuffled among each other: a larger split is read in windows of so many, drawn from all over it."""
+    bucket: int = 0
+    """Records of similar text length that stand together, which saves padding; about the rows of a step. 0: none do."""
+    workers: int = 1
+    """Threads that read and decode ahead; 0: none, and a stalled reader stalls the run."""
+    read_timeout: float = 60.0
+    """Seconds after which a read that has not ended counts as stalled: its shard is left alone from then on."""
+    bad_sample_budget: float = 0.001
+    """Share of a split's records that may be unusable; each is named in ``run_dir/quarantine.jsonl``, more end the run."""
+    cache: str | None = None
+    """Directory for copies of remote shards (None: ``~/.cache/free_dist``), and for indices where shards cannot be written."""
     caption_prompt: str = "a photo of"
     """Prompt before a caption."""
     question_prompt: str = "Question: {question} Answer:"

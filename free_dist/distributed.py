@@ -123,6 +123,11 @@ def all_gather(values: list[T]) -> list[list[T]]:
     return parts
 
 
+def all_equal(value: T) -> bool:
+    """Whether every rank has the same value."""
+    return all(part == [value] for part in all_gather([value]))
+
+
 class StopFlag:
     """Turns SIGINT and SIGTERM into a flag that all ranks read together, so that none is left waiting for another.
 

@@ -102,6 +102,8 @@ def _check_backbone(backbone: BackboneConfig) -> None:
 
 def _check_data(data: DataConfig) -> None:
     _require(data.root != "", "data.root", data.root, "want the directory of the shards")
+    is_command = data.root.startswith("pipe:")
+    _require(not is_command or "{}" in data.root, "data.root", data.root, "a command wants {} where SPLIT/NAME belongs")
     for task, weight in data.tasks.items():
         _one_of("data.tasks", task, TASKS)
         _weight(f"data.tasks.{task}", weight)
@@ -118,6 +120,12 @@ def _check_data(data: DataConfig) -> None:
         _at_least(0, "data.max_history_tokens", data.max_history_tokens)
     share = data.synthetic_share
     _require(0 <= share <= 1, "data.synthetic_share", share, "want a share from 0 (human alone) to 1 (synthetic alone)")
+    _at_least(0, "data.bucket", data.bucket)
+    _at_least(0, "data.workers", data.workers)
+    _positive("data.read_timeout", data.read_timeout)
+    budget = data.bad_sample_budget
+    _require(0 <= budget <= 1, "data.bad_sample_budget", budget, "want a share from 0 to 1")
+    _require(data.cache != "", "data.cache", data.cache, "want a directory, or null for the user's cache")
     _require(data.visual_cache != "", "data.visual_cache", data.visual_cache, "want a directory, or null for none")
 
 

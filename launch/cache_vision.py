@@ -79,7 +79,7 @@ def fill(recipe: Recipe, arguments: argparse.Namespace) -> None:
     maker = CacheMaker(directory, backbone, encoder, store=arguments.store, shard_bytes=arguments.shard_mb * 2**20)
     if maker.known:
         print(f"{directory} holds {len(maker.known):,} images already")
-    images = (record.image for split in splits for record in records(root, split))
+    images = (record.image for split in splits for record in records(recipe.data, split))
     maker.add(images, part=part, progress=lambda batches: tqdm(batches, desc="vision", unit="batch", mininterval=0.5))
     if part != (0, 1):
         print(f"part {arguments.part} is done; when all are, run this once without --part")
@@ -108,7 +108,7 @@ def estimate(
 
     for stage, share in vision_share(resolve_backbone(recipe.backbone.path), recipe).items():
         print(f"stage {stage}: the cache saves {share:.1%} of the floating-point operations of a training sample")
-    first: Iterator[bytes] = (record.image for split in splits for record in records(root, split))
+    first: Iterator[bytes] = (record.image for split in splits for record in records(recipe.data, split))
     shape = features_shape(next(first), backbone, encoder)
     images = sum(read_manifest(root, split).samples for split in splits)
     wanted = cache_bytes(images, shape, store)

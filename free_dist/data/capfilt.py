@@ -8,7 +8,6 @@ shards and processes (``capfilt_shards``).
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
@@ -16,6 +15,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from free_dist.config import UserError
+from free_dist.data.images import decode_image
+from free_dist.data.quarantine import BadSample
 from free_dist.data.records import Record, SyntheticCaption
 
 BINS = 10
@@ -163,9 +164,8 @@ def bootstrap(
 
 def _opened(image: bytes) -> Image.Image | None:
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return opened.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError):
+        return decode_image(image)
+    except BadSample:
         return None
 
 

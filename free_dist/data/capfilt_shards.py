@@ -9,7 +9,6 @@ Beside the finished shards stands ``OUT/capfilt-SPLIT.json``: the settings, both
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,26 +17,28 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import webdataset as wds
+import numpy as np
+from tqdm import tqdm
 
 from free_dist.atomic import write_atomically
-from free_dist.config import UserError
+from free_dist.config import DataConfig, UserError
 from free_dist.data.capfilt import CapFiltSettings, Captioner, Counts, Matcher, bootstrap
+from free_dist.data.quarantine import QUARANTINE
 from free_dist.data.records import Record
 from free_dist.data.shards import (
     MANIFEST,
+    SCHEMA_VERSION,
     Manifest,
     Shard,
+    copy_shard,
+    holds_shard,
     is_intact,
     read_manifest,
-    record_from_fields,
     shard_paths,
     write_manifest,
-    write_split,
+    write_shard,
 )
-
-DONE = "capfilt.json"
-"""Written last beside a shard of an unfinished run: where it stands, the shard is whole."""
+from free_dist.data.split_index import SplitIndex, usable_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,27 +69,23 @@ def run_rank(
 
     Raises UserError if an earlier run had other settings or models, and what reading shards raises.
     """
-    manifest, work = read_manifest(source, split), _work(out, split)
-    for number, path in list(enumerate(shard_paths(source, split)))[rank::world_size]:
-        shard, name = manifest.shards[number], _name(number)
+    index = SplitIndex.open(DataConfig(root=str(source)), split, quarantine=out / QUARANTINE, rank=rank)
+    work = _work(out, split)
+    for number, shard in list(enumerate(index.manifest.shards))[rank::world_size]:
         if _whole_shard(out, split, number, shard, capfilt) is not None:
             continue
-        counts: list[Counts] = []
-        made = write_split(
-            work,
-            dataset=manifest.dataset,
-            split=name,
-            records=capfilt.improve(_records(path), batch_size, counts),
-            total=shard.samples,
-            records_per_shard=max(1, shard.samples),
-        )
+        work.mkdir(parents=True, exist_ok=True)
+        name, counts = _name(number), list[Counts]()
+        given = usable_records(index, np.flatnonzero(index.shard_of == number))
+        bar = tqdm(given, desc=f"captioning {split}/{name}", total=shard.samples, unit="image", mininterval=0.5)
+        made = write_shard(work, f"{name}.tar", capfilt.improve(bar, batch_size, counts))
         done = {
             **capfilt.fingerprint(),
             "source": shard.sha256,
-            "shard": asdict(made.shards[0]),
+            "shard": asdict(made),
             "counts": asdict(sum(counts, Counts())),
         }
-        write_atomically(work / name / DONE, json.dumps(done, indent=1).encode())
+        write_atomically(work / f"{name}.json", json.dumps(done, indent=1).encode())
 
 
 def finish(source: Path, out: Path, split: str, capfilt: CapFilt) -> Counts:
@@ -98,16 +95,15 @@ def finish(source: Path, out: Path, split: str, capfilt: CapFilt) -> Counts:
     """
     given, work, directory = read_manifest(source, split), _work(out, split), out / split
     directory.mkdir(parents=True, exist_ok=True)
-    made, shards, total = given, [], Counts()
+    shards, total = [], Counts()
     for number, shard in enumerate(given.shards):
-        name = _name(number)
         done = _whole_shard(out, split, number, shard, capfilt)
         if done is None:
-            raise UserError(f"{work / name} is not whole: start the same command again")
-        made, place = read_manifest(work, name), directory / f"{name}.tar"
-        if (work / name / done["shard"]["name"]).is_file():
-            (work / name / done["shard"]["name"]).replace(place)
-        shards.append(Shard(**done["shard"] | {"name": place.name}))
+            raise UserError(f"{work / _name(number)}.tar is not whole: start the same command again")
+        made = Shard(**done["shard"])
+        if (work / made.name).is_file():
+            (work / made.name).replace(directory / made.name)
+        shards.append(made)
         total += Counts.from_json(done["counts"])
     report = {
         **capfilt.fingerprint(),
@@ -116,9 +112,7 @@ def finish(source: Path, out: Path, split: str, capfilt: CapFilt) -> Counts:
         "kept_share": total.kept_share,
     }
     write_atomically(_report(out, split), json.dumps(report, indent=1).encode())
-    # What else a manifest says stands in those that the shards were written with.
-    manifest = replace(made, dataset=given.dataset, split=split, shards=tuple(shards))
-    write_manifest(out, manifest)
+    write_manifest(out, replace(given, schema_version=SCHEMA_VERSION, shards=tuple(shards)))
     shutil.rmtree(work, ignore_errors=True)
     return total
 
@@ -149,30 +143,22 @@ def copy_split(source: Path, out: Path, split: str) -> Manifest:
     manifest = read_manifest(source, split)
     if not (is_intact(out, split) and read_manifest(out, split) == manifest):
         (out / split).mkdir(parents=True, exist_ok=True)
-        for path in shard_paths(source, split):
-            shutil.copyfile(path, out / split / Path(path).name)
+        for path, shard in zip(shard_paths(source, split), manifest.shards, strict=True):
+            copy_shard(Path(path), out / split / shard.name, shard)
         write_manifest(out, manifest)
     return manifest
 
 
-def _records(path: str) -> Iterable[Record]:
-    """The records of one shard, in its order."""
-    return wds.DataPipeline(wds.SimpleShardList([path]), wds.tarfile_to_samples(), wds.map(record_from_fields))
-
-
 def _whole_shard(out: Path, split: str, number: int, source: Shard, capfilt: CapFilt) -> dict[str, Any] | None:
     """What is written beside shard ``number`` if it was made whole from ``source``; raises UserError for other settings."""
-    path = _work(out, split) / _name(number) / DONE
+    path = _work(out, split) / f"{_name(number)}.json"
     if not path.is_file():
         return None
     done: dict[str, Any] = json.loads(path.read_text())
     _require_same(done, capfilt.fingerprint(), out)
+    made = Shard(**done["shard"])
     # Where a run is killed while its shards are put together, some have moved already.
-    places = (path.parent / done["shard"]["name"], out / split / f"{_name(number)}.tar")
-    is_whole = any(
-        place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == done["shard"]["sha256"]
-        for place in places
-    )
+    is_whole = any(holds_shard(directory / made.name, made) for directory in (path.parent, out / split))
     return done if is_whole and done["source"] == source.sha256 else None
 
 

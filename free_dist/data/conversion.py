@@ -32,6 +32,7 @@ from free_dist.data.shards import (
     Manifest,
     Shard,
     ShardError,
+    holds_shard,
     read_manifest,
     write_manifest,
     write_shard,
@@ -229,13 +230,10 @@ class _Split:
     def _kept(self, name: str, fingerprint: str, n_drafts: int) -> Shard | None:
         known = self.made.get(name)
         path = self.directory / name
-        if known is None or known[0] != fingerprint or not path.is_file() or path.stat().st_size != known[1].bytes:
+        if known is None or known[0] != fingerprint or known[1].samples != n_drafts:
+            return None  # with fewer samples than drafts, what was left out depends on the other splits
+        if not holds_shard(path, known[1]):
             return None
-        if known[1].samples != n_drafts:  # what was left out of it depends on the other splits
-            return None
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != known[1].sha256:
-                return None
         leaks = [self._leaks(digest, key) for key, digest in image_digests(path)]
         return None if any(leaks) else known[1]
 

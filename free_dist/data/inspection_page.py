@@ -15,8 +15,8 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from free_dist.data.images import UNREADABLE
 from free_dist.data.inspection import ShownRecord, ShownSample, ShownToken
-from free_dist.data.lint_records import DECODING_ERRORS
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1b; }
@@ -112,7 +112,7 @@ def image_facts(image: bytes) -> str:
     try:
         with Image.open(io.BytesIO(image)) as opened:
             return f"{opened.width} x {opened.height} {opened.format}, {len(image):,} bytes"
-    except DECODING_ERRORS:
+    except UNREADABLE:
         return f"does not decode, {len(image):,} bytes"
 
 
@@ -120,7 +120,7 @@ def _thumbnail(image: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(image)) as opened:
             picture = opened.convert("RGB")
-    except DECODING_ERRORS:
+    except UNREADABLE:
         return Image.new("RGB", (PICTURE, PICTURE), (230, 200, 200))
     scale = PICTURE / max(picture.size)
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))

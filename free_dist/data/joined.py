@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from free_dist.atomic import write_atomically
 from free_dist.config import UserError
 from free_dist.data.leaks import LeakGuard
 from free_dist.data.shards import (
@@ -18,7 +17,7 @@ from free_dist.data.shards import (
     SCHEMA_VERSION,
     SPLITS,
     Manifest,
-    Shard,
+    copy_shard,
     is_intact,
     read_manifest,
     shard_paths,
@@ -74,13 +73,6 @@ def _join(root: Path, sources: Sequence[Path], split: str) -> Manifest:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)  # a split that is being rewritten is not finished
     for path, shard in zip(paths, shards, strict=True):
-        _copy(Path(path), directory / shard.name, shard)
+        copy_shard(Path(path), directory / shard.name, shard)
     write_manifest(root, manifest)
     return manifest
-
-
-def _copy(source: Path, target: Path, shard: Shard) -> None:
-    content = source.read_bytes()
-    if hashlib.sha256(content).hexdigest() != shard.sha256:
-        raise UserError(f"{source} is not what its manifest says: prepare that data set again")
-    write_atomically(target, content)

@@ -6,13 +6,13 @@ Knows the form of a record, what its fields must say to be of use, and which ima
 from __future__ import annotations
 
 import io
-import struct
 import warnings
 from collections.abc import Iterator
 
 from PIL import Image
 
 from free_dist.data.form import form_faults, read_json
+from free_dist.data.images import UNREADABLE
 from free_dist.data.records import DialogueTurn, Record, record_from_json
 
 IMAGE_FORMATS = {"png": "PNG", "jpg": "JPEG"}
@@ -23,9 +23,6 @@ MAX_PIXELS = 50_000_000
 
 MIN_SIDE, MAX_SIDE = 2, 20_000
 """Pixels of a side."""
-
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, IndexError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no image, a damaged one, or one of absurd size."""
 
 
 def json_faults(content: bytes) -> list[str]:
@@ -54,7 +51,7 @@ def image_faults(suffix: str, content: bytes) -> list[str]:
         return ["is neither a PNG nor a JPEG"]
     except Image.DecompressionBombError as error:
         return [f"decodes to an absurd size ({error})"]
-    except DECODING_ERRORS as error:
+    except UNREADABLE as error:
         return [f"does not decode ({str(error) or type(error).__name__})"]
     return [] if found == IMAGE_FORMATS[suffix] else [f"holds a {found}"]
 

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from pathlib import Path
 
 from PIL import Image
 
 from free_dist.config import MissingFileError, UserError
-
-FORMATS = ("PNG", "JPEG")
-"""What a shard can hold."""
+from free_dist.data.images import FORMATS, UNREADABLE
 
 LARGEST = 448
 """Pixels of the longer side of a re-encoded picture; vision networks read no more."""
-
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-"""What Pillow raises for pictures that are damaged, truncated, of no known format, or absurdly large."""
 
 
 def read_picture(path: Path) -> bytes:

@@ -12,20 +12,19 @@ Shape letters: B rows, I distinct images, T positions, N decoder positions, S to
 
 from __future__ import annotations
 
-import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from free_dist.backbones import Instruction, TokenLayout
 from free_dist.config import TASKS, DataConfig, UserError
+from free_dist.data.images import decode_image
 from free_dist.data.prompts import Turn, caption_turn, dialogue_turns, drawn_answer, drawn_caption, question_turn
 from free_dist.data.records import Record
 
@@ -260,15 +259,17 @@ class SampleEncoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     def encode_image(self, image: bytes) -> Tensor:
-        """Encoded bytes -> normalised pixels [3, height, width], or the feature map that ``visual_cache`` has of them."""
+        """Encoded bytes -> normalised pixels [3, height, width], or the feature map that ``visual_cache`` has of them.
+
+        Raises BadSample for bytes that are no PNG or JPEG.
+        """
         if self.visual_cache is not None:
             return self.visual_cache(image)
-        with Image.open(io.BytesIO(image)) as opened:
-            pixels = self.image_processor(opened.convert("RGB"), return_tensors="np")["pixel_values"][0]
+        pixels = self.image_processor(decode_image(image), return_tensors="np")["pixel_values"][0]
         return torch.from_numpy(np.ascontiguousarray(pixels))
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Rows of one task -> Batch, every distinct image decoded once."""
+    def collate(self, samples: Sequence[Sample], decoded: Mapping[bytes, Tensor] | None = None) -> Batch:
+        """Rows of one task -> Batch, every distinct image decoded once; ``decoded``: :meth:`encode_image` of some of them."""
         if not samples:
             raise ValueError("cannot collate an empty list of samples")
         images: dict[bytes, int] = {}
@@ -280,7 +281,7 @@ class SampleEncoder:
         return Batch(
             task=samples[0].task,
             keys=tuple(sample.key for sample in samples),
-            pixel_values=torch.stack([self.encode_image(image) for image in images]),
+            pixel_values=torch.stack([self._pixels(image, decoded or {}) for image in images]),
             image_index=torch.tensor(image_index),
             input_ids=_padded([ids for ids, _ in rows], pad),
             targets=_padded(targets, IGNORE),
@@ -301,6 +302,9 @@ class SampleEncoder:
                 return text
             del parts[1 if history.opens_with_caption and len(parts) > 1 else 0]
         return turn.prompt
+
+    def _pixels(self, image: bytes, decoded: Mapping[bytes, Tensor]) -> Tensor:
+        return decoded[image] if image in decoded else self.encode_image(image)
 
     def _prompt(self, turn: Turn, *, first: bool) -> list[int]:
         text = self.prompt_text(turn)

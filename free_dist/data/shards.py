@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,12 +21,15 @@ from tqdm import tqdm
 
 from free_dist.atomic import replaced_file, write_atomically
 from free_dist.config import UserError
-from free_dist.data.records import Record, record_from_json, record_json
+from free_dist.data.quarantine import BadSample
+from free_dist.data.records import Record, record_json
+from free_dist.data.sources import is_local, read_remote
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "calibration", "test")
 """Splits of a data set, in the order in which they are made."""
+MAX_MANIFEST_BYTES = 1 << 28
 
 
 class ShardError(UserError):
@@ -89,30 +94,61 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     write_atomically(root / manifest.split / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
-def read_manifest(root: Path, split: str) -> Manifest:
-    """The manifest of a split; raises ShardError if the split is missing, unfinished or of another schema."""
-    path = root / split / MANIFEST
-    if not path.is_file():
-        raise ShardError(
-            f"data.root: {path} does not exist; make the shards with: python launch/prepare_data.py easyvqa"
-        )
+def read_manifest(root: Path | str, split: str, *, timeout: float = 60.0) -> Manifest:
+    """The manifest of a split; raises ShardError if the split is missing, unfinished or of another schema.
+
+    ``root`` may be remote (``free_dist.data.sources``); then nothing may arrive for ``timeout`` seconds at most.
+    """
+    if is_local(str(root)):
+        path = str(Path(root) / split / MANIFEST)
+        if not Path(path).is_file():
+            raise ShardError(
+                f"data.root: {path} does not exist; make the shards with: python launch/prepare_data.py easyvqa"
+            )
+        content = Path(path).read_bytes()
+    else:
+        path = f"{root} {split}/{MANIFEST}"
+        try:
+            content = read_remote(str(root), f"{split}/{MANIFEST}", limit=MAX_MANIFEST_BYTES, timeout=timeout)
+        except BadSample as error:
+            raise ShardError(f"data.root: {path} cannot be read ({error})") from error
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(content)
+        version = raw.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ShardError(
+                f"{path}: schema version {version!r}, this code reads {SCHEMA_VERSION}; prepare the data again"
+            )
+        raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
+        manifest = Manifest(**raw)
     except json.JSONDecodeError as error:
         raise ShardError(f"{path} is not JSON ({error}); remove the split and prepare the data again") from error
-    if raw.get("schema_version") != SCHEMA_VERSION:
-        raise ShardError(
-            f"{path}: schema version {raw.get('schema_version')!r}, this code reads {SCHEMA_VERSION}; prepare the data again"
-        )
-    raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-    return Manifest(**raw)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{path} is no manifest ({error!r}); remove the split and prepare the data again") from error
+    for shard in manifest.shards:
+        _check_shard(path, shard)
+    return manifest
 
 
-def shard_paths(root: Path, split: str) -> list[str]:
-    """Paths of a split's shards in manifest order; raises ShardError when one is missing or has another size."""
+def _check_shard(path: str, shard: Shard) -> None:
+    """Names and hashes stand in paths and commands, so they are looked at before they are believed."""
+    numbers = (shard.samples, shard.bytes)
+    is_named = isinstance(shard.name, str) and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", shard.name)
+    is_hashed = isinstance(shard.sha256, str) and re.fullmatch(r"[0-9a-f]{64}", shard.sha256)
+    if not is_named or not is_hashed or any(type(number) is not int or number < 0 for number in numbers):
+        raise ShardError(f"{path}: no shard can be {shard!r}; remove the split and prepare the data again")
+
+
+def shard_paths(root: Path | str, split: str) -> list[str]:
+    """Paths of a split's shards in manifest order; raises ShardError when a local one is missing or has another size."""
     paths = []
     for shard in read_manifest(root, split).shards:
-        path = root / split / shard.name
+        if not is_local(str(root)):
+            paths.append(f"{root}/{split}/{shard.name}")
+            continue
+        path = Path(root) / split / shard.name
         if not path.is_file() or path.stat().st_size != shard.bytes:
             raise ShardError(
                 f"{path} is missing or not of the {shard.bytes} bytes in its manifest; prepare the data again"
@@ -127,21 +163,23 @@ def is_intact(root: Path, split: str) -> bool:
         paths, manifest = shard_paths(root, split), read_manifest(root, split)
     except ShardError:
         return False
-    return all(
-        hashlib.sha256(Path(path).read_bytes()).hexdigest() == shard.sha256
-        for path, shard in zip(paths, manifest.shards, strict=True)
-    )
+    return all(holds_shard(Path(path), shard) for path, shard in zip(paths, manifest.shards, strict=True))
 
 
-def record_from_fields(fields: dict[str, bytes | str]) -> Record:
-    """The fields of one webdataset sample (``__key__``, ``png`` or ``jpg``, ``json``) as a Record."""
-    key = str(fields["__key__"])
-    image = fields.get("png", fields.get("jpg"))
-    text = fields.get("json")
-    if not isinstance(image, bytes) or not isinstance(text, bytes):
-        url = str(fields.get("__url__"))
-        raise ShardError(f"{url}: sample {key} lacks its image (png, jpg) or json member")
-    return record_from_json(key, image, text)
+def holds_shard(path: Path, shard: Shard) -> bool:
+    """Whether a file is there and has the size and sha256 of ``shard``; reads all of it."""
+    if not path.is_file() or path.stat().st_size != shard.bytes:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+
+
+def copy_shard(source: Path, target: Path, shard: Shard) -> None:
+    """Copy a shard as it is; raises UserError if ``source`` is not the file that its manifest names."""
+    if not holds_shard(source, shard):
+        raise UserError(f"{source} is not what its manifest says: prepare that data set again")
+    with source.open("rb") as file, replaced_file(target) as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def write_shard(directory: Path, name: str, records: Iterable[Record]) -> Shard:

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from free_dist.config import TASKS, DataConfig, UserError
-from free_dist.data.lint_records import DECODING_ERRORS
+from free_dist.data.images import UNREADABLE
 from free_dist.data.records import Record
 from free_dist.data.samples import SampleEncoder, evaluation_samples
 
@@ -120,7 +120,7 @@ def _image_facts(image: bytes) -> tuple[str, int, int]:
     try:
         with Image.open(io.BytesIO(image)) as opened:
             return str(opened.format), *opened.size
-    except DECODING_ERRORS:
+    except UNREADABLE:
         return "unreadable", 0, 0
 
 

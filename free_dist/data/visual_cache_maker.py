@@ -25,7 +25,7 @@ from torch import Tensor
 from free_dist.atomic import write_atomically
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import UserError
-from free_dist.data.lint_records import DECODING_ERRORS
+from free_dist.data.quarantine import BadSample
 from free_dist.data.samples import SampleEncoder
 from free_dist.data.visual_cache import (
     FEATURES,
@@ -147,7 +147,7 @@ class CacheMaker:
             try:
                 pixels.append(self.encoder.encode_image(image))
                 digests.append(image_digest(image))
-            except DECODING_ERRORS:
+            except BadSample:
                 self.unreadable.add(image_digest(image))
         if not pixels:
             return [], []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ def training_token_counts(config: DataConfig, encoder: SampleEncoder, vocab_size
     Every reference of a sample counts, because any of them may be drawn in training.
     """
     answers: Counter[str] = Counter()
-    for record in records(Path(config.root), "train"):
+    for record in records(config, "train"):
         for task in (name for name, weight in config.tasks.items() if weight > 0):
             for sample in evaluation_samples(record, task, config):
                 answers.update(turn.answer for turn in sample.turns[:-1])

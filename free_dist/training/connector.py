@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ def pretrain_connector(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: 
     images have them.  Raises UserError when no word tells one image from another.
     """
     settings, seed = recipe.finetune, recipe.training.seed
-    tokens = word_tokens(encoder, records(Path(recipe.data.root), "train"))
+    tokens = word_tokens(encoder, records(recipe.data, "train"))
     model = backbone.model
     embedded = model.get_input_embeddings().weight.detach()
     others = torch.randperm(len(embedded), generator=torch.Generator().manual_seed(seed))[:OTHER_WORDS]

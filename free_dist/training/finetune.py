@@ -23,11 +23,13 @@ from torch.nn import functional as F
 
 from free_dist.backbones import Backbone, Instruction
 from free_dist.config import Recipe
+from free_dist.data.order import StreamState
 from free_dist.data.pretrained import load_pretrained
+from free_dist.data.quarantine import QUARANTINE
 from free_dist.data.samples import IGNORE, Batch, Sample, SampleEncoder
-from free_dist.data.stream import global_batches, split_samples
+from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
-from free_dist.distributed import StopFlag, World, all_reduce_sum, all_true, seed_everything
+from free_dist.distributed import StopFlag, World, all_equal, all_reduce_sum, all_true, seed_everything
 from free_dist.ds_config import precision
 from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_loading, trained_weights
 from free_dist.monitor import LOG, Monitor
@@ -199,15 +201,23 @@ def _arguments(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
 def _remaining_steps(
     recipe: Recipe, encoder: SampleEncoder, section: dict[str, Any], world: World, done: int
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of every optimizer step after ``done``.
-
-    Steps that are done are read and thrown away as records: no image is decoded, no text encoded.
-    """
+    """This rank's micro-batches of every optimizer step after ``done``, found by seeking: nothing is read again."""
     size, accumulation = section["train_micro_batch_size_per_gpu"], section.get("gradient_accumulation_steps", 1)
-    rows = size * accumulation * world.size
-    for samples in itertools.islice(global_batches(recipe.data, seed=recipe.training.seed, rows=rows), done, None):
-        firsts = [(micro * world.size + world.rank) * size for micro in range(accumulation)]
-        yield [encoder.collate(samples[first : first + size]) for first in firsts]
+    seed, weights = recipe.training.seed, recipe.data.tasks
+    batches = training_batches(
+        recipe.data,
+        encoder,
+        seed=seed,
+        micro_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        start=StreamState.after(done, weights=weights, seed=seed, rows=size * accumulation * world.size),
+        quarantine=Path(recipe.run_dir) / QUARANTINE,
+        agreed=all_equal,
+    )
+    while True:
+        yield list(itertools.islice(batches, accumulation))
 
 
 def _evaluated_samples(recipe: Recipe, world: World) -> dict[str, list[Sample]]:

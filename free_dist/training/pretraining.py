@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -66,7 +65,7 @@ def labelled_images(
     labels: list[Label] = []
     for epoch in itertools.count():
         shuffle = (f"{recipe.training.seed}/{purpose}/{epoch}", recipe.data.shuffle_buffer)
-        for record in records(Path(recipe.data.root), "train", shuffle=shuffle):
+        for record in records(recipe.data, "train", shuffle=shuffle):
             found = label(record)
             if found is None:
                 continue

@@ -17,12 +17,13 @@ from free_dist.backbones.checkpoint_hash import has_safetensors
 from free_dist.backbones.embedded import resolve_backbone
 from free_dist.config import ConfigError, Recipe, UserError
 from free_dist.data.pretrained import load_pretrained
+from free_dist.data.quarantine import QUARANTINE
 from free_dist.data.samples import Batch, Sample, SampleEncoder
 from free_dist.data.shards import ShardError, shard_paths
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
 from free_dist.decoding.generate import generate
-from free_dist.distributed import StopFlag, World, all_reduce_mean, all_reduce_sum, seed_everything
+from free_dist.distributed import StopFlag, World, all_equal, all_reduce_mean, all_reduce_sum, seed_everything
 from free_dist.ds_config import (
     fits,
     gradient_accumulation_steps,
@@ -130,6 +131,8 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
         gradient_accumulation_steps=accumulation,
         rank=world.rank,
         world_size=world.size,
+        quarantine=run_dir / QUARANTINE,
+        agreed=all_equal,
     )
     stopped = False
     with (
@@ -224,7 +227,7 @@ def _check_samples(recipe: Recipe) -> None:
     if not recipe.training.sample_every:
         return
     try:
-        shard_paths(Path(recipe.data.root), SAMPLED_SPLIT)
+        shard_paths(recipe.data.root, SAMPLED_SPLIT)
     except ShardError as error:
         raise UserError(
             f"training.sample_every={recipe.training.sample_every}: sample texts need the {SAMPLED_SPLIT} split of "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ def pretrain_vision(backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Rec
     the sum of their cross entropies.  Returns the last loss.  Raises UserError when no answer tells one image from another.
     """
     settings, seed = recipe.finetune, recipe.training.seed
-    labels = distinctive_answers(records(Path(recipe.data.root), "train"))
+    labels = distinctive_answers(records(recipe.data, "train"))
     torch.manual_seed(seed)
     from_patches = nn.Linear(backbone.model.config.vision_config.hidden_size, len(labels))
     from_prefix = nn.Linear(backbone.layout.num_query_tokens * backbone.hidden_size, len(labels))

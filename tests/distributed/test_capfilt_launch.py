@@ -84,7 +84,7 @@ def test_a_run_of_two_that_is_killed_goes_on_as_one_with_what_is_whole(workplace
     )
     work = out / ".train.capfilt"
     until = time.monotonic() + 200
-    while not (whole := sorted(work.glob("*/capfilt.json"))) and time.monotonic() < until:
+    while not (whole := sorted(work.glob("*.json"))) and time.monotonic() < until:
         assert process.poll() is None, f"it ended by itself with code {process.returncode}"
         time.sleep(0.005)
     for one in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
@@ -92,10 +92,10 @@ def test_a_run_of_two_that_is_killed_goes_on_as_one_with_what_is_whole(workplace
     process.wait()
     assert whole and not (out / "train" / "manifest.json").exists(), "it was too quick to be killed"
     kept = out / "kept.tar"
-    kept.hardlink_to(whole[0].parent / "000000.tar")
+    kept.hardlink_to(whole[0].with_suffix(".tar"))
     finished = launch([sys.executable, *words])
     assert finished.returncode == 0, finished.stderr
-    assert kept.samefile(out / "train" / f"{whole[0].parent.name}.tar"), "the very file, not one like it"
+    assert kept.samefile(out / "train" / f"{whole[0].stem}.tar"), "the very file, not one like it"
     kept.unlink()
     assert files(out) == files(alone)
 

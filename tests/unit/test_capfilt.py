@@ -271,7 +271,7 @@ def test_a_killed_run_keeps_its_whole_shards_and_goes_on(source, whole, capfilt,
 def test_a_run_killed_while_its_shards_are_put_together_goes_on(source, whole, capfilt, tmp_path) -> None:
     run_rank(source, tmp_path, "train", capfilt, batch_size=3)
     (tmp_path / "train").mkdir()
-    (tmp_path / ".train.capfilt" / "000001" / "000000.tar").rename(tmp_path / "train" / "000001.tar")
+    (tmp_path / ".train.capfilt" / "000001.tar").rename(tmp_path / "train" / "000001.tar")
     rest = Counting(capfilt.captioner)
     make(source, tmp_path, replace(capfilt, captioner=rest))
     assert rest.keys == [] and shard_bytes(tmp_path) == shard_bytes(whole)
@@ -279,7 +279,7 @@ def test_a_run_killed_while_its_shards_are_put_together_goes_on(source, whole, c
 
 def test_a_damaged_shard_is_made_again(source, whole, capfilt, tmp_path) -> None:
     run_rank(source, tmp_path, "train", capfilt, batch_size=3)
-    path = tmp_path / ".train.capfilt" / "000001" / "000000.tar"
+    path = tmp_path / ".train.capfilt" / "000001.tar"
     path.write_bytes(path.read_bytes()[:-512])
     rest = Counting(capfilt.captioner)
     make(source, tmp_path, replace(capfilt, captioner=rest))

@@ -25,7 +25,6 @@ from free_dist.data.shards import (
     ShardError,
     is_intact,
     read_manifest,
-    record_from_fields,
     shard_paths,
     write_split,
 )
@@ -245,11 +244,6 @@ def test_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
     with pytest.raises(ShardError, match="schema version 99"):
         read_manifest(tmp_path, "train")
-
-
-def test_sample_without_image_or_text_is_named() -> None:
-    with pytest.raises(ShardError, match="sample lonely lacks its image"):
-        record_from_fields({"__key__": "lonely", "__url__": "x.tar", "png": picture((0, 0, 0))})
 
 
 def test_interrupted_writing_leaves_no_manifest(tmp_path: Path) -> None:

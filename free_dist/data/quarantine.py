@@ -1,0 +1,112 @@
+"""What becomes of samples that cannot be used: each is named with its reason, and too many end the run.
+
+The file is JSON lines, appended to by every rank with one write a line.  Does not know how a fault was found, nor what
+takes the place of a bad sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from free_dist.config import UserError
+
+QUARANTINE = "quarantine.jsonl"
+"""Name of the file in a run's directory."""
+
+
+class BadSample(UserError):
+    """A sample, or a whole shard, that cannot be used; ``reason`` is a few fixed words, ``detail`` what was seen."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One line of the file."""
+
+    shard: str
+    """File name within the split; may be empty where no shard is at fault."""
+    key: str | None
+    """Of the sample; None: everything in the shard that is not named by itself."""
+    reason: str
+    detail: str = ""
+    samples: int = 1
+    """Records that are lost."""
+
+
+class Quarantine:
+    """The faults found so far in one split, by this process and, where ``path`` is shared, by the others."""
+
+    def __init__(self, path: Path | None, *, place: str, total: int, budget: float) -> None:
+        """``place`` names the split in messages; ``total``: its records; ``budget``: the share of them that may be bad."""
+        self._path = path
+        self._place = place
+        self._total = total
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._faults: dict[tuple[str, str | None], Fault] = {}
+        self.lost = 0
+        """Records that cannot be used."""
+        self._read()
+
+    @property
+    def faults(self) -> list[Fault]:
+        """All that are known, each once, in the order in which they were found."""
+        return list(self._faults.values())
+
+    def add(self, *faults: Fault) -> None:
+        """Note faults, each once; raises UserError when the bad share of the split then exceeds its budget."""
+        with self._lock:
+            if any((fault.shard, fault.key) not in self._faults for fault in faults):
+                self._read()  # faults are rare, and other ranks find some
+            for fault in faults:
+                if (fault.shard, fault.key) not in self._faults:
+                    self._write(fault)
+                    self._note(fault)
+            if self.lost > self._budget * self._total:
+                where = "Prepare the data again"
+                if self._path is not None:
+                    where = (
+                        f"Every one is named in {self._path}: prepare the data again, remove that file and start again"
+                    )
+                example = faults[-1]
+                raise UserError(
+                    f"data.bad_sample_budget={self._budget}: {self.lost} of {self._total} records of {self._place} cannot be "
+                    f"used, as in {example.shard} {example.key or '(whole shard)'}: {example.reason} {example.detail}. "
+                    f"{where}, or raise the budget"
+                )
+
+    def _note(self, fault: Fault) -> None:
+        self._faults[fault.shard, fault.key] = fault
+        self.lost += fault.samples
+
+    def _read(self) -> None:
+        if self._path is None or not self._path.is_file():
+            return
+        for line in self._path.read_text(errors="replace").split("\n"):
+            try:
+                content = json.loads(line)
+                if content.pop("split") == self._place:
+                    fault = Fault(**content)
+                    if (fault.shard, fault.key) not in self._faults:
+                        self._note(fault)
+            except (ValueError, TypeError, KeyError, AttributeError):  # torn by a crash: the fault is found again
+                continue
+
+    def _write(self, fault: Fault) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"split": self._place} | asdict(fault), ensure_ascii=True) + "\n"
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
