@@ -128,6 +128,11 @@ def _span(image: Sequence[int], text: Sequence[int]) -> tuple[int, int]:
     return first, max(image[0] + image[1], text[0] + text[1]) - first
 
 
+def row_span(row: np.void) -> tuple[int, int]:
+    """(offset, size) of what :func:`read_row` reads."""
+    return _span(row["image"].tolist(), row["json"].tolist())
+
+
 def read_row(row: np.void, descriptor: int) -> tuple[bytes, bytes]:
     """(image, JSON) of a sample in one read; raises BadSample when the bytes are not those that were indexed."""
     image, text = row["image"].tolist(), row["json"].tolist()

@@ -36,6 +36,9 @@ ATTEMPTS = 100
 AHEAD = 3
 """Micro-batches that each worker may be in front of training."""
 
+TOGETHER = 64
+"""Samples of an epoch that are read together."""
+
 DRAWN = 1024
 """Global batches whose tasks are drawn at once."""
 
@@ -132,6 +135,14 @@ class RowReader:
         self._reader = RecordReader(stream.index)
         self._held: tuple[tuple[str, int, int], list[Row] | BadSample] | None = None
 
+    def rows(self, task: str, places: range, progress: Progress) -> list[Row]:
+        """The rows at places, whose records are asked of the disk together; raises what :meth:`row` raises."""
+        records = dict.fromkeys(self._stream.locate(task, place)[0] for place in places)
+        for record in records:
+            progress.at((record, "read"))
+            self._reader.expect(record)
+        return [self.row(task, place, progress) for place in places]
+
     def row(self, task: str, place: int, progress: Progress) -> Row:
         """The row at a place, or what stands in for it; raises UserError when the budget for bad samples is spent."""
         for attempt in range(ATTEMPTS):
@@ -190,8 +201,9 @@ def epoch_samples(config: DataConfig, task: str, *, seed: int, epoch: int) -> It
         return
     with closing(RowReader(stream)) as reader:
         length = stream.epoch_length(task)
-        for place in range(epoch * length, (epoch + 1) * length):
-            yield reader.row(task, place, Progress()).sample
+        for first in range(epoch * length, (epoch + 1) * length, TOGETHER):
+            places = range(first, min(first + TOGETHER, (epoch + 1) * length))
+            yield from (row.sample for row in reader.rows(task, places, Progress()))
 
 
 def global_batches(
@@ -201,7 +213,7 @@ def global_batches(
     stream = Stream(config, seed=seed)
     with closing(RowReader(stream)) as reader:
         for task, first in stream.batches(rows, start):
-            yield [reader.row(task, place, Progress()).sample for place in range(first, first + rows)]
+            yield [row.sample for row in reader.rows(task, range(first, first + rows), Progress())]
 
 
 def training_batches(
@@ -247,7 +259,7 @@ def _collated(stream: Stream, encoder: SampleEncoder, jobs: Iterator[tuple[str, 
     def rows_of(job: tuple[str, range], progress: Progress) -> list[Row]:
         if not hasattr(readers, "reader"):
             readers.reader = RowReader(stream, encoder)
-        return [readers.reader.row(job[0], place, progress) for place in job[1]]
+        return readers.reader.rows(*job, progress)
 
     ready = in_background(
         rows_of,
