@@ -45,7 +45,9 @@ def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    """Everything below ``out`` but the indices, which whoever reads a shard first puts beside it."""
+    found = [path for path in sorted(out.rglob("*")) if path.is_file() and path.suffix != ".index"]
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="module")
