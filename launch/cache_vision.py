@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,24 +63,30 @@ def fill(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from free_dist.data.pretrained import load_for_inference
-    from free_dist.data.shards import SPLITS
+    from free_dist.data.shards import SPLITS, ShardError, read_manifest
     from free_dist.data.stream import records
     from free_dist.data.visual_cache import VisualCache
     from free_dist.data.visual_cache_maker import CacheMaker
 
-    root, directory = Path(recipe.data.root), Path(str(recipe.data.visual_cache))
-    splits = [split for split in SPLITS if (root / split).is_dir()]
-    if not splits:
-        raise UserError(f"data.root: {root} has none of the splits {', '.join(SPLITS)}; run launch/prepare_data.py")
+    directory = Path(str(recipe.data.visual_cache))
+    manifests = {}
+    for split in SPLITS:
+        with suppress(ShardError):
+            manifests[split] = read_manifest(recipe.data.root, split)
+    if not manifests:
+        raise UserError(
+            f"data.root: {recipe.data.root} has none of the splits {', '.join(SPLITS)}; run launch/prepare_data.py"
+        )
     backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device)
-    estimate(recipe, root, splits, directory, backbone, encoder, arguments.store)
+    images = sum(manifest.samples for manifest in manifests.values())
+    estimate(recipe, images, directory, backbone, encoder, arguments.store)
     if arguments.dry_run:
         return
     maker = CacheMaker(directory, backbone, encoder, store=arguments.store, shard_bytes=arguments.shard_mb * 2**20)
     if maker.known:
         print(f"{directory} holds {len(maker.known):,} images already")
-    images = (record.image for split in splits for record in records(recipe.data, split))
-    maker.add(images, part=part, progress=lambda batches: tqdm(batches, desc="vision", unit="batch", mininterval=0.5))
+    encoded = (record.image for split in manifests for record in records(recipe.data, split))
+    maker.add(encoded, part=part, progress=lambda batches: tqdm(batches, desc="vision", unit="batch", mininterval=0.5))
     if part != (0, 1):
         print(f"part {arguments.part} is done; when all are, run this once without --part")
         return
@@ -92,8 +98,7 @@ def fill(recipe: Recipe, arguments: argparse.Namespace) -> None:
 
 def estimate(
     recipe: Recipe,
-    root: Path,
-    splits: list[str],
+    images: int,
     directory: Path,
     backbone: Blip2Backbone,
     encoder: SampleEncoder,
@@ -101,16 +106,12 @@ def estimate(
 ) -> None:
     """Print what the cache will save of a training sample and take of the disk; raises UserError where that is full."""
     from free_dist.backbones.embedded import resolve_backbone
-    from free_dist.data.shards import read_manifest
-    from free_dist.data.stream import records
     from free_dist.data.visual_cache_maker import FILES, cache_bytes, features_shape
     from free_dist.planning.vision_share import vision_share
 
     for stage, share in vision_share(resolve_backbone(recipe.backbone.path), recipe).items():
         print(f"stage {stage}: the cache saves {share:.1%} of the floating-point operations of a training sample")
-    first: Iterator[bytes] = (record.image for split in splits for record in records(recipe.data, split))
-    shape = features_shape(next(first), backbone, encoder)
-    images = sum(read_manifest(root, split).samples for split in splits)
+    shape = features_shape(backbone, encoder)
     wanted = cache_bytes(images, shape, store)
     there = sum(path.stat().st_size for path in directory.glob(FILES)) if directory.is_dir() else 0
     existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())

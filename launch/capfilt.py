@@ -61,7 +61,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Caption, filter, write, and say what was kept."""
     from free_dist.data.capfilt import CapFiltSettings
-    from free_dist.data.capfilt_shards import copy_split, finish, finished, run_rank
+    from free_dist.data.capfilt_shards import copy_split, finish, finished, run_rank, unfinished
     from free_dist.data.shards import MANIFEST, read_manifest
 
     flags = vars(arguments)
@@ -78,9 +78,13 @@ def run(arguments: argparse.Namespace) -> None:
         capfilt = load(arguments, settings, device)
         for split in arguments.splits:
             counts = finished(source, out, split, capfilt)
-            barrier()
+            remaining = [] if counts else unfinished(source, out, split, capfilt)
+            barrier()  # nobody has begun before all know what is left
             if counts is None:
-                run_rank(source, out, split, capfilt, batch_size=arguments.batch_size, rank=rank, world_size=world_size)
+                run_rank(
+                    source, out, split, capfilt,
+                    batch_size=arguments.batch_size, rank=rank, world_size=world_size, remaining=remaining,
+                )  # fmt: skip
                 barrier()
                 counts = finish(source, out, split, capfilt) if rank == 0 else None
             if counts is not None and rank == 0:

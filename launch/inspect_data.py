@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +109,8 @@ def count(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from free_dist.data.stream import records
 
     root, splits = splits_of(arguments)
-    encoder = encoder_of(recipe, arguments)
-    found = {split: split_statistics(records(root, split), recipe.data, encoder) for split in splits}
+    encoder, data = encoder_of(recipe, arguments), replace(recipe.data, root=str(root))
+    found = {split: split_statistics(records(data, split), recipe.data, encoder) for split in splits}
     console = Console(highlight=False)
     for split, numbers in found.items():
         for table in statistics_tables(split, numbers):
@@ -167,15 +168,17 @@ def shown_records(
     recipe: Recipe, arguments: argparse.Namespace, root: Path, splits: list[str]
 ) -> Iterator[ShownRecord]:
     """The records that are to be shown."""
-    from free_dist.data.inspection import every_nth, show_record
-    from free_dist.data.shards import read_manifest
-    from free_dist.data.stream import records
+    import numpy as np
+
+    from free_dist.data.inspection import show_record
+    from free_dist.data.split_index import SplitIndex, usable_records
 
     encoder = encoder_of(recipe, arguments)
     tasks = [arguments.task] if arguments.task else list(TASKS)
     for split in splits:
-        total = read_manifest(root, split).samples
-        for record in every_nth(records(root, split), arguments.count, total):
+        index = SplitIndex.open(replace(recipe.data, root=str(root)), split)
+        count = min(arguments.count, len(index.rows))
+        for record in usable_records(index, np.arange(count) * len(index.rows) // max(1, count)):
             yield show_record(split, record, tasks, recipe.data, encoder)
 
 

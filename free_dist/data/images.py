@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
 
@@ -31,17 +33,37 @@ MAX_PIXELS = 1 << 26
 """8192 x 8192: 200 MB as RGB; above it a small file may be a decompression bomb."""
 
 
+def image_header(encoded: bytes) -> tuple[str, int, int]:
+    """(format, width, height) as the header has it; raises BadSample for what is no PNG or JPEG, or of absurd size."""
+    with _opened(encoded) as opened:
+        return str(opened.format), opened.width, opened.height
+
+
+def check_image(encoded: bytes) -> None:
+    """Raise BadSample unless :func:`decode_image` would read the bytes; a JPEG in a third of its time."""
+    with _opened(encoded) as opened:
+        opened.draft("RGB", (1, 1))  # a JPEG is then read to its end, at an eighth of its size
+        opened.load()
+
+
 def decode_image(encoded: bytes) -> Image.Image:
     """The image as RGB; raises BadSample, whatever is wrong with the bytes."""
+    with _opened(encoded) as opened:
+        if simplejpeg is not None and opened.format == "JPEG" and opened.mode == "RGB":
+            fast = _fast(encoded, opened.size)
+            if fast is not None:
+                return fast
+        return opened.convert("RGB")
+
+
+@contextmanager
+def _opened(encoded: bytes) -> Iterator[Image.Image]:
+    """The image, its header read; what goes wrong with it inside the block is a BadSample."""
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise BadSample("absurd size", f"an image of {opened.width} x {opened.height} pixels")
-            if simplejpeg is not None and opened.format == "JPEG" and opened.mode == "RGB":
-                fast = _fast(encoded, opened.size)
-                if fast is not None:
-                    return fast
-            return opened.convert("RGB")
+            yield opened
     except BadSample:
         raise
     except Image.DecompressionBombError as error:

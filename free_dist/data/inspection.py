@@ -5,7 +5,7 @@ Knows records, samples and the encoder's ids; does not know terminals, pages or 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -75,16 +75,6 @@ def show_record(
         for sample in evaluation_samples(record, task, config)[:samples_per_task]
     )
     return ShownRecord(split=split, record=record, samples=tuple(samples))
-
-
-def every_nth(records: Iterable[Record], count: int, total: int) -> Iterator[Record]:
-    """``count`` records evenly spaced over ``total``, the first among them."""
-    wanted = {i * total // count for i in range(count)} if count < total else set(range(total))
-    for number, record in enumerate(records):
-        if number in wanted:
-            yield record
-        if number >= max(wanted, default=-1):
-            return
 
 
 def _shown(sample: Sample, encoder: SampleEncoder | None) -> ShownSample:

@@ -15,8 +15,9 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
-from free_dist.data.images import UNREADABLE
+from free_dist.data.images import decode_image, image_header
 from free_dist.data.inspection import ShownRecord, ShownSample, ShownToken
+from free_dist.data.quarantine import BadSample
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1b1b1b; }
@@ -110,17 +111,16 @@ def png_sheet(shown: Iterable[ShownRecord]) -> bytes:
 def image_facts(image: bytes) -> str:
     """Size, format and bytes of an encoded image, in words."""
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return f"{opened.width} x {opened.height} {opened.format}, {len(image):,} bytes"
-    except UNREADABLE:
+        form, width, height = image_header(image)
+    except BadSample:
         return f"does not decode, {len(image):,} bytes"
+    return f"{width} x {height} {form}, {len(image):,} bytes"
 
 
 def _thumbnail(image: bytes) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            picture = opened.convert("RGB")
-    except UNREADABLE:
+        picture = decode_image(image)
+    except BadSample:
         return Image.new("RGB", (PICTURE, PICTURE), (230, 200, 200))
     scale = PICTURE / max(picture.size)
     return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))

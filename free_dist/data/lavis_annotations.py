@@ -154,7 +154,7 @@ def _captions(entry: dict[str, Any], where: str) -> list[str]:
     captions = [given] if isinstance(given, str) else given
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise UserError(f"{where}: caption={given!r}: want a text, or a list of texts")
-    return [caption.strip() for caption in captions]
+    return [caption.strip() for caption in captions if caption.strip()]  # a blank caption is none
 
 
 def _drafts(said: dict[str, _Said], images: Path) -> Iterator[Draft]:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from free_dist.config import MissingFileError
 from free_dist.data.form import form_faults, read_json
 from free_dist.data.lint_records import IMAGE_FORMATS, image_faults, json_faults
+from free_dist.data.shard_index import MAX_IMAGE_BYTES, MAX_JSON_BYTES
 from free_dist.data.shards import MANIFEST, SCHEMA_VERSION, Manifest, Shard
-
-MAX_MEMBER = 2**28
-"""Bytes of a member that are still read."""
+from free_dist.data.tar_index import MAX_NAME
+from free_dist.hashing import file_sha256
 
 FOREIGN = "schema_version"
 """How the fault of a manifest of another schema begins."""
@@ -196,8 +196,7 @@ def _scan(base: Path, entry: _Work) -> _Scan:
     if not scan.keys:
         scan.faults.append(Fault(scan.name, "holds no sample"))
     if expected is not None:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
         for name, found, wanted in (
             ("bytes", path.stat().st_size, expected.bytes),
             ("sha256", digest, expected.sha256),
@@ -254,7 +253,10 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, scan: _Scan) -> tuple
         wanted = ", ".join(f"KEY.{suffix}" for suffix in (*IMAGE_FORMATS, "json"))
         scan.faults.append(Fault(place, f"belongs to no sample; members are {wanted}"))
         return None
-    if member.size > MAX_MEMBER:
+    if len(member.name) > MAX_NAME or not member.name.isprintable():
+        scan.faults.append(Fault(repr(place), f"its name is longer than {MAX_NAME} characters, or cannot be printed"))
+        return None
+    if member.size > (MAX_JSON_BYTES if named[2] == "json" else MAX_IMAGE_BYTES):
         scan.faults.append(Fault(place, f"has {member.size:,} bytes, which is absurd"))
         return named[1], named[2], None
     file = tar.extractfile(member)

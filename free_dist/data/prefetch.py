@@ -24,16 +24,16 @@ class Progress:
     """What a piece of work is doing, and since when; the work itself says so before each thing that might hang."""
 
     def __init__(self) -> None:
-        self._now: tuple[float, What] | None = None
+        self._now: tuple[float, float, What] | None = None
 
-    def at(self, what: What) -> None:
-        """Something new begins."""
-        self._now = (time.monotonic(), what)
+    def at(self, what: What, *, patience: float = 1.0) -> None:
+        """Something new begins, for which this share of the usual time is enough."""
+        self._now = (time.monotonic(), patience, what)
 
     def stalled(self, timeout: float) -> What | None:
-        """What has not ended for ``timeout`` seconds, or None."""
+        """What has not ended for ``timeout`` seconds, or its share of them; else None."""
         now = self._now
-        return now[1] if now is not None and time.monotonic() - now[0] > timeout else None
+        return now[2] if now is not None and time.monotonic() - now[0] > timeout * now[1] else None
 
 
 class _Task(Generic[Job, Result]):
@@ -102,7 +102,7 @@ def in_background(
             if not tasks:
                 return
             task = tasks[0]
-            while not task.done.wait(timeout / 4):
+            while not task.done.wait(timeout / 40):
                 if (what := task.progress.stalled(timeout)) is not None:
                     on_stall(what)
                     task = tasks[0] = _Task(task.job)

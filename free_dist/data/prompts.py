@@ -73,7 +73,7 @@ def dialogue_turns(record: Record, config: DataConfig) -> list[tuple[int, Turn]]
 
 def drawn_answer(question: Question, rng: random.Random) -> str:
     """Each person's answer is as likely as any other's, which weighs answers as often as they were given."""
-    return question.answers[0] if len(question.answers) == 1 else rng.choice(question.answers)
+    return question.given[0] if len(question.given) == 1 else rng.choice(question.given)
 
 
 def drawn_caption(record: Record, config: DataConfig, rng: random.Random) -> str | None:

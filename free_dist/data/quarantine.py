@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,7 +43,10 @@ class Fault:
 
 
 class Quarantine:
-    """The faults found so far in one split, by this process and, where ``path`` is shared, by the others."""
+    """The faults that this run has found in one split, in this process and, where ``path`` is shared, in the others.
+
+    What an earlier run wrote to the file is not counted: a fault that is still there is found again, and not written twice.
+    """
 
     def __init__(self, path: Path | None, *, place: str, total: int, budget: float) -> None:
         """``place`` names the split in messages; ``total``: its records; ``budget``: the share of them that may be bad."""
@@ -54,7 +58,7 @@ class Quarantine:
         self._faults: dict[tuple[str, str | None], Fault] = {}
         self.lost = 0
         """Records that cannot be used."""
-        self._read()
+        self._earlier = {(fault.shard, fault.key) for fault in self._lines()}
 
     @property
     def faults(self) -> list[Fault]:
@@ -68,14 +72,13 @@ class Quarantine:
                 self._read()  # faults are rare, and other ranks find some
             for fault in faults:
                 if (fault.shard, fault.key) not in self._faults:
-                    self._write(fault)
+                    if (fault.shard, fault.key) not in self._earlier:
+                        self._write(fault)
                     self._note(fault)
-            if self.lost > self._budget * self._total:
+            if faults and self.lost > self._budget * self._total:
                 where = "Prepare the data again"
                 if self._path is not None:
-                    where = (
-                        f"Every one is named in {self._path}: prepare the data again, remove that file and start again"
-                    )
+                    where = f"Every one is named in {self._path}: prepare the data again and start again"
                 example = faults[-1]
                 raise UserError(
                     f"data.bad_sample_budget={self._budget}: {self.lost} of {self._total} records of {self._place} cannot be "
@@ -88,15 +91,19 @@ class Quarantine:
         self.lost += fault.samples
 
     def _read(self) -> None:
+        """Note what other processes of this run have found."""
+        for fault in self._lines():
+            if (fault.shard, fault.key) not in self._faults.keys() | self._earlier:
+                self._note(fault)
+
+    def _lines(self) -> Iterator[Fault]:
         if self._path is None or not self._path.is_file():
             return
         for line in self._path.read_text(errors="replace").split("\n"):
             try:
                 content = json.loads(line)
                 if content.pop("split") == self._place:
-                    fault = Fault(**content)
-                    if (fault.shard, fault.key) not in self._faults:
-                        self._note(fault)
+                    yield Fault(**content)
             except (ValueError, TypeError, KeyError, AttributeError):  # torn by a crash: the fault is found again
                 continue
 

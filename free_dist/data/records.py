@@ -31,9 +31,14 @@ class Question:
     """The data set's own ("yes/no", "number" or "other" in VQAv2)."""
 
     @property
+    def given(self) -> tuple[str, ...]:
+        """The answers that say something: of VQAv2's ten, single ones are blank."""
+        return tuple(answer for answer in self.answers if answer.strip())
+
+    @property
     def answer(self) -> str:
-        """The most frequent answer, the first of several such; raises IndexError where answers are withheld."""
-        return Counter(self.answers).most_common(1)[0][0]
+        """The most frequent of those, the first of several such; raises IndexError where there is none."""
+        return Counter(self.given).most_common(1)[0][0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,8 @@ class Record:
     """Encoded as published (PNG or JPEG)."""
     image_id: str | None = None
     """The data set's own."""
+    coco_id: str | None = None
+    """COCO's id of the same picture, where the data set has others; about half of Visual Genome is COCO's."""
     domain: str | None = None
     """Part of the data set that results are told apart by; NoCaps has in-domain, near-domain and out-domain."""
     licence: str | None = None
@@ -106,6 +113,7 @@ def record_from_json(key: str, image: bytes, content: bytes) -> Record:
         key=key,
         image=image,
         image_id=fields.get("image_id"),
+        coco_id=fields.get("coco_id"),
         domain=fields.get("domain"),
         licence=fields.get("licence"),
         questions=tuple(_question(item) for item in fields.get("questions", ())),

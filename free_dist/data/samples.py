@@ -103,7 +103,7 @@ def training_samples(record: Record, task: str, config: DataConfig, rng: random.
         rows = _dialogue_samples(record, config)
         rng.shuffle(rows)
         return rows[: config.questions_per_image]
-    questions = [question for question in record.questions if question.answers]
+    questions = [question for question in record.questions if question.given]
     rng.shuffle(questions)
     if task == "vqa":
         return [
@@ -138,7 +138,7 @@ def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sa
                 references=question.answers,
             )
             for i, question in enumerate(record.questions)
-            if question.answers
+            if question.given
         ]
     if task == "caption":
         if not record.captions:
@@ -148,7 +148,7 @@ def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sa
     if task == "dialogue" and record.dialogue:
         return _dialogue_samples(record, config)
     if task == "dialogue":
-        questions = [question for question in record.questions if question.answers][: config.max_turns]
+        questions = [question for question in record.questions if question.given][: config.max_turns]
         if not questions:
             return []
         turns = tuple(question_turn(question, question.answer, config) for question in questions)

@@ -23,7 +23,7 @@ from free_dist.data.records import DialogueTurn, Question, Record, SyntheticCapt
 from free_dist.data.shards import Shard
 from free_dist.data.tar_index import ReadAt, tar_samples
 
-FORMAT = 1
+FORMAT = 2
 """Changes when what is stored does; older files are made again."""
 
 SUFFIX = ".index"
@@ -158,7 +158,7 @@ def checked_record(key: str, image: bytes, content: bytes) -> Record:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadSample("bad json", str(error)[:200]) from error
     texts: list[object] = [*record.captions, *(caption.text for caption in record.synthetic_captions)]
-    texts += [name for name in (record.image_id, record.domain, record.licence) if name is not None]
+    texts += [name for name in (record.image_id, record.coco_id, record.domain, record.licence) if name is not None]
     for question in record.questions:
         texts += [question.question, *question.answers, *question.answer_confidences]
     for turn in record.dialogue:
@@ -171,7 +171,7 @@ def checked_record(key: str, image: bytes, content: bytes) -> Record:
 def said(record: Record) -> tuple[int, ...]:
     """How much is said about an image: what the number of training samples depends on; see :func:`stand_in`."""
     counts = (
-        sum(bool(question.answers) for question in record.questions),
+        sum(bool(question.given) for question in record.questions),
         len(record.captions),
         len(record.synthetic_captions),
         len(record.dialogue),
@@ -186,7 +186,7 @@ def stand_in(counts: Sequence[int]) -> Record:
     return Record(
         key="",
         image=b"",
-        questions=(Question(question="", answers=("",)),) * answered,
+        questions=(Question(question="", answers=("-",)),) * answered,
         captions=("",) * captions,
         synthetic_captions=(SyntheticCaption(text="", model="", score=1.0, threshold=0.0),) * synthetic,
         dialogue=(DialogueTurn(question="", answer=""),) * answered_turns

@@ -24,6 +24,7 @@ from free_dist.config import UserError
 from free_dist.data.quarantine import BadSample
 from free_dist.data.records import Record, record_json
 from free_dist.data.sources import is_local, read_remote
+from free_dist.hashing import file_sha256
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -170,8 +171,7 @@ def holds_shard(path: Path, shard: Shard) -> bool:
     """Whether a file is there and has the size and sha256 of ``shard``; reads all of it."""
     if not path.is_file() or path.stat().st_size != shard.bytes:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    return file_sha256(path) == shard.sha256
 
 
 def copy_shard(source: Path, target: Path, shard: Shard) -> None:

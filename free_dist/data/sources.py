@@ -11,10 +11,14 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 
+from free_dist.atomic import replaced_file
 from free_dist.config import UserError
 from free_dist.data.quarantine import BadSample
 
@@ -46,50 +50,76 @@ def fetch(root: str, relative: str, target: Path, *, limit: int, timeout: float)
     Raises BadSample if there is no such file, it has more than ``limit`` bytes or nothing arrives for ``timeout`` seconds.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
+    with replaced_file(target) as file:
         if root.startswith(PIPE):
-            _from_command(root.removeprefix(PIPE).replace("{}", relative), temporary, limit, timeout)
+            _from_command(root.removeprefix(PIPE).replace("{}", relative), file, limit, timeout)
         else:
-            _from_url(f"{root.rstrip('/')}/{relative}", temporary, limit)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+            _from_url(f"{root.rstrip('/')}/{relative}", file, limit, timeout)
     return target
 
 
-def _from_command(command: str, target: Path, limit: int, timeout: float) -> None:
+def _from_command(command: str, file: BinaryIO, limit: int, timeout: float) -> None:
     # A session of its own, so that a shell's children end with it.
-    with target.open("wb") as file:
-        process = subprocess.Popen(command, shell=True, stdout=file, stdin=subprocess.DEVNULL, start_new_session=True)
-        size = -1
-        while True:
-            try:
-                code = process.wait(timeout)
-                break
-            except subprocess.TimeoutExpired:
-                grown = target.stat().st_size
-                if size < grown <= limit:
-                    size = grown
-                    continue
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                words = "absurd size" if grown > limit else "stalled reader"
-                raise BadSample(words, f"{grown} bytes came from {command!r}, then none for {timeout} s") from None
-    if code:
-        raise BadSample("missing shard", f"{command!r} ended with code {code}")
-    if target.stat().st_size > limit:
-        raise BadSample("absurd size", f"{command!r} gave {target.stat().st_size} bytes, want at most {limit}")
+    process = subprocess.Popen(command, shell=True, stdout=file, stdin=subprocess.DEVNULL, start_new_session=True)
 
+    def ended(seconds: float) -> bool:
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
-def _from_url(url: str, target: Path, limit: int) -> None:
     try:
-        with fsspec.open(url, "rb") as source, target.open("wb") as file:
-            while content := source.read(CHUNK):
-                file.write(content)
-                if file.tell() > limit:
-                    raise BadSample("absurd size", f"{url} has more than {limit} bytes")
-    except OSError as error:
-        raise BadSample("missing shard", f"{url}: {error}") from error
-    except (ImportError, ValueError) as error:  # an unknown protocol, or one whose package is not installed
-        raise UserError(f"data.root: {url}: {error}") from error
+        _watch(file, ended, limit, timeout, repr(command))
+    except BadSample:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode:
+        raise BadSample("missing shard", f"{command!r} ended with code {process.returncode}")
+
+
+def _from_url(url: str, file: BinaryIO, limit: int, timeout: float) -> None:
+    """In a thread of its own, which is left alone where it hangs: few backends have a timeout, and none the same."""
+    errors: list[Exception] = []
+
+    def copy() -> None:
+        try:
+            with fsspec.open(url, "rb") as source:
+                while content := source.read(CHUNK):
+                    file.write(content)
+                    file.flush()
+                    if file.tell() > limit:
+                        return
+        except Exception as error:  # noqa: BLE001 - every backend raises errors of its own
+            errors.append(error)
+
+    thread = threading.Thread(target=copy, daemon=True, name="free_dist-fetch")
+    thread.start()
+
+    def ended(seconds: float) -> bool:
+        thread.join(seconds)
+        return not thread.is_alive()
+
+    _watch(file, ended, limit, timeout, url)
+    if errors and isinstance(
+        errors[0], (ImportError, ValueError)
+    ):  # an unknown protocol, or its package is not installed
+        raise UserError(f"data.root: {url}: {errors[0]}") from errors[0]
+    if errors:
+        raise BadSample("missing shard", f"{url}: {errors[0]!r}") from errors[0]
+
+
+def _watch(file: BinaryIO, ended: Callable[[float], bool], limit: int, timeout: float, source: str) -> None:
+    """Wait until ``ended(seconds)``; raises BadSample for a file above ``limit``, or one that stops growing for ``timeout``."""
+    size, since = 0, time.monotonic()
+    while not ended(min(1.0, timeout / 4)):
+        grown = os.fstat(file.fileno()).st_size
+        if grown > limit:
+            break
+        if grown > size:
+            size, since = grown, time.monotonic()
+        elif time.monotonic() - since > timeout:
+            raise BadSample("stalled reader", f"{grown} bytes came from {source}, then none for {timeout} s")
+    if os.fstat(file.fileno()).st_size > limit:
+        raise BadSample("absurd size", f"{source} gives more than the {limit} bytes that it should have")

@@ -34,11 +34,14 @@ from free_dist.data.shard_index import (
     row_span,
     save_index,
 )
-from free_dist.data.shards import Manifest, Shard, read_manifest
+from free_dist.data.shards import Manifest, Shard, holds_shard, read_manifest
 from free_dist.data.sources import cache_directory, fetch, is_local
 
 MAX_OPEN = 64
 """Shards that a reader keeps open."""
+
+IMPATIENCE = 0.1
+"""Share of ``read_timeout`` for what has hung before."""
 
 
 @dataclass(kw_only=True)
@@ -54,20 +57,21 @@ class SplitIndex:
     keys: NDArray[np.bytes_]
     shard_of: Integers
     """[records], number of the shard in the manifest."""
-    stalled_shards: set[int] = field(default_factory=set)
-    """Shards on which a reader hung: none touches them again."""
-    stalled_records: set[int] = field(default_factory=set)
-    """Records on which a decoder hung."""
+    stalled: set[int] = field(default_factory=set)
+    """Records on which a reader or a decoder hung: none touches them again."""
+    slow_shards: set[int] = field(default_factory=set)
+    """Shards on which a reader hung: see :meth:`patience`."""
 
     def __post_init__(self) -> None:
         self._directory = Path(self.config.root) / self.split
 
     @classmethod
-    def open(cls, config: DataConfig, split: str, *, quarantine: Path | None = None, rank: int = 0) -> SplitIndex:
+    def open(cls, config: DataConfig, split: str, *, quarantine: Path | None = None, first: float = 0.0) -> SplitIndex:
         """Index every shard that is not indexed yet, and leave out what cannot be used.
 
-        ``quarantine``: the file that names it.  Ranks start at different shards, and find what others have indexed.  Raises
-        ShardError for a split without a sound manifest, UserError when more is bad than ``config.bad_sample_budget``.
+        ``quarantine``: the file that names it.  ``first``: share of the shards before the one to begin with; ranks that begin at
+        different ones find what others have indexed.  Raises ShardError for a split without a sound manifest, UserError when
+        more is bad than ``config.bad_sample_budget``.
         """
         manifest = read_manifest(config.root, split, timeout=config.read_timeout)
         place = f"{config.root} {split}"
@@ -84,7 +88,7 @@ class SplitIndex:
         shards = len(manifest.shards)
         parts: dict[int, ShardIndex] = {}
         for number in tqdm(range(shards), desc=f"indexing {place}", unit="shard", delay=5.0):
-            turned = (number + rank) % shards
+            turned = (number + int(first * shards)) % shards
             parts[turned] = index._of_shard(turned)
         index._join([parts[number] for number in range(shards)])
         return index
@@ -98,6 +102,9 @@ class SplitIndex:
         if not path.exists():
             relative = f"{self.split}/{entry.name}"
             fetch(self.config.root, relative, path, limit=entry.bytes, timeout=self.config.read_timeout)
+            if not holds_shard(path, entry):
+                path.unlink(missing_ok=True)  # it may be put right
+                raise BadSample("wrong checksum", f"{self.config.root} {relative} is not what the manifest says")
         return path
 
     def lengths(self, task: str) -> Integers:
@@ -114,12 +121,18 @@ class SplitIndex:
         self.quarantine.add(self._fault(record, fault))
 
     def give_up(self, what: tuple[int, str]) -> None:
-        """Never again do what hung: (record, "read" or "decode")."""
+        """Never again do what hung: (record, "read" or "decode").
+
+        Only that record, so that what is skipped does not depend on which process reads which records.
+        """
         record, doing = what
+        self.stalled.add(record)
         if doing == "read":
-            self.stalled_shards.add(int(self.shard_of[record]))
-        else:
-            self.stalled_records.add(record)
+            self.slow_shards.add(int(self.shard_of[record]))
+
+    def patience(self, record: int) -> float:
+        """Share of ``read_timeout`` that a reader gets: less once its shard has hung, or a lost one would hang for hours."""
+        return IMPATIENCE if int(self.shard_of[record]) in self.slow_shards else 1.0
 
     def key(self, record: int) -> str:
         """The key of a record."""
@@ -190,21 +203,19 @@ class RecordReader:
 
     def read(self, record: int) -> Record:
         """A record by its number, its bytes checked; raises BadSample."""
-        shard = int(self._index.shard_of[record])
-        if shard in self._index.stalled_shards or record in self._index.stalled_records:
-            words = f"no answer within {self._index.config.read_timeout} s"
-            raise BadSample("stalled reader", f"{words}, from this record or another one of its shard")
-        image, content = read_row(self._index.rows[record], self._descriptor(shard))
+        if record in self._index.stalled:
+            raise BadSample("stalled reader", f"no answer within {self._index.config.read_timeout} s")
+        image, content = read_row(self._index.rows[record], self._descriptor(int(self._index.shard_of[record])))
         return checked_record(self._index.key(record), image, content)
 
     def expect(self, record: int) -> None:
         """Have the system start to read a record that is wanted soon: a disk answers many requests at once, and faster."""
-        shard = int(self._index.shard_of[record])
-        if not hasattr(os, "posix_fadvise") or shard in self._index.stalled_shards:  # macOS has none
+        if not hasattr(os, "posix_fadvise") or record in self._index.stalled:  # macOS has none
             return
         with suppress(BadSample):  # told when it is read
             first, size = row_span(self._index.rows[record])
-            os.posix_fadvise(self._descriptor(shard), first, size, os.POSIX_FADV_WILLNEED)
+            descriptor = self._descriptor(int(self._index.shard_of[record]))
+            os.posix_fadvise(descriptor, first, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         """Close every file."""

@@ -6,15 +6,13 @@ Knows records and samples; does not know shards or how numbers are shown.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from PIL import Image
-
 from free_dist.config import TASKS, DataConfig, UserError
-from free_dist.data.images import UNREADABLE
+from free_dist.data.images import image_header
+from free_dist.data.quarantine import BadSample
 from free_dist.data.records import Record
 from free_dist.data.samples import SampleEncoder, evaluation_samples
 
@@ -118,9 +116,8 @@ def _texts(record: Record) -> Iterable[tuple[str, str]]:
 def _image_facts(image: bytes) -> tuple[str, int, int]:
     """(format, width, height), from the header alone; ("unreadable", 0, 0) for what is no image."""
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return str(opened.format), *opened.size
-    except UNREADABLE:
+        return image_header(image)
+    except BadSample:
         return "unreadable", 0, 0
 
 

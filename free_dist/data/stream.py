@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import webdataset as wds
 from torch import Tensor
 
 from free_dist.config import TASKS, DataConfig, UserError
+from free_dist.data.images import check_image
 from free_dist.data.order import EpochOrder, Integers, StreamState, hashed, key_of, permutation, tasks_of_batches
 from free_dist.data.prefetch import Progress, in_background
 from free_dist.data.quarantine import BadSample
@@ -50,16 +53,20 @@ class NothingForTask(UserError):
 class Stream:
     """The training samples of a data set by task and place, 0, 1, ... over all epochs.  Shared by threads."""
 
-    def __init__(self, config: DataConfig, *, seed: int, quarantine: Path | None = None, rank: int = 0) -> None:
-        """``quarantine``: the file that names what cannot be used; ``rank``: see :meth:`SplitIndex.open`, no other use.
+    def __init__(self, config: DataConfig, *, seed: int, quarantine: Path | None = None, first: float = 0.0) -> None:
+        """``quarantine``: the file that names what cannot be used; ``first``: see :meth:`SplitIndex.open`.
 
         Raises what that raises, and NothingForTask.
         """
         self.config = config
         self.seed = seed
-        self.index = SplitIndex.open(config, "train", quarantine=quarantine, rank=rank)
+        self.index = SplitIndex.open(config, "train", quarantine=quarantine, first=first)
         self.tasks = {task: weight for task, weight in config.tasks.items() if weight > 0}
-        self._counts = {task: sample_counts(self.index, task) for task in self.tasks}
+        draw = random.Random(0)
+        self._counts = {
+            task: sample_counts(self.index, partial(training_samples, task=task, config=config, rng=draw))
+            for task in self.tasks
+        }
         self._orders: dict[tuple[str, int], EpochOrder] = {}
         self._lock = threading.Lock()
         for task, counts in self._counts.items():
@@ -108,12 +115,12 @@ class Stream:
             first += DRAWN
 
 
-def sample_counts(index: SplitIndex, task: str) -> Integers:
-    """Training samples of ``task`` that each record gives to an epoch, [records]; nothing but the index is read."""
+def sample_counts(index: SplitIndex, samples: Callable[[Record], Sequence[Sample]]) -> Integers:
+    """How many ``samples`` each record gives, [records]; nothing but the index is read."""
     if not len(index.rows):
         return np.zeros(0, np.int64)
     kinds, kind = np.unique(index.rows["said"], axis=0, return_inverse=True)
-    given = [len(training_samples(stand_in(said), task, index.config, random.Random(0))) for said in kinds.tolist()]
+    given = [len(samples(stand_in(said))) for said in kinds.tolist()]
     return np.array(given, dtype=np.int64)[kind.reshape(-1)]
 
 
@@ -139,7 +146,7 @@ class RowReader:
         """The rows at places, whose records are asked of the disk together; raises what :meth:`row` raises."""
         records = dict.fromkeys(self._stream.locate(task, place)[0] for place in places)
         for record in records:
-            progress.at((record, "read"))
+            self._reads(record, progress)
             self._reader.expect(record)
         return [self.row(task, place, progress) for place in places]
 
@@ -171,8 +178,11 @@ class RowReader:
                 self._held = which, fault
         return self._held[1]
 
+    def _reads(self, record: int, progress: Progress) -> None:
+        progress.at((record, "read"), patience=self._stream.index.patience(record))
+
     def _made(self, task: str, record: int, epoch: int, progress: Progress) -> list[Row]:
-        progress.at((record, "read"))
+        self._reads(record, progress)
         content = self._reader.read(record)
         progress.at((record, "decode"))
         rng = random.Random(f"{self._stream.seed}/{epoch}/{task}/{content.key}")
@@ -235,7 +245,7 @@ def training_batches(
     ``agreed``: whether all ranks have the same number, which tells records apart; called once.  Raises what Stream raises, at
     once, and UserError where ranks see other records or more of the data is bad than the recipe lets pass.
     """
-    stream = Stream(config, seed=seed, quarantine=quarantine, rank=rank)
+    stream = Stream(config, seed=seed, quarantine=quarantine, first=rank / world_size)
     if not agreed(stream.index.fingerprint()):
         raise UserError(
             f"data.root: the ranks do not see the same records under {config.root}: prepare the data on every machine alike, "
@@ -249,11 +259,11 @@ def training_batches(
                 mine = first + (step * world_size + rank) * micro_batch_size
                 yield task, range(mine, mine + micro_batch_size)
 
-    return _collated(stream, encoder, jobs())
+    return iter(wds.DataPipeline(jobs, partial(_read_ahead, stream, encoder), partial(_collated, encoder)))
 
 
-def _collated(stream: Stream, encoder: SampleEncoder, jobs: Iterator[tuple[str, range]]) -> Iterator[Batch]:
-    """Rows are read and decoded ahead; texts are encoded here, because a tokenizer serves one thread at a time."""
+def _read_ahead(stream: Stream, encoder: SampleEncoder, jobs: Iterator[tuple[str, range]]) -> Iterator[list[Row]]:
+    """The rows of every job, read and decoded by threads that are in front of training."""
     readers = threading.local()
 
     def rows_of(job: tuple[str, range], progress: Progress) -> list[Row]:
@@ -261,7 +271,7 @@ def _collated(stream: Stream, encoder: SampleEncoder, jobs: Iterator[tuple[str, 
             readers.reader = RowReader(stream, encoder)
         return readers.reader.rows(*job, progress)
 
-    ready = in_background(
+    return in_background(
         rows_of,
         jobs,
         workers=stream.config.workers,
@@ -269,6 +279,10 @@ def _collated(stream: Stream, encoder: SampleEncoder, jobs: Iterator[tuple[str, 
         timeout=stream.config.read_timeout,
         on_stall=stream.index.give_up,
     )
+
+
+def _collated(encoder: SampleEncoder, ready: Iterator[list[Row]]) -> Iterator[Batch]:
+    """Texts are encoded here and not ahead, because a tokenizer serves one thread at a time."""
     for rows in ready:
         decoded = {row.sample.image: row.pixels for row in rows if row.pixels is not None}
         yield encoder.collate([row.sample for row in rows], decoded)
@@ -277,10 +291,28 @@ def _collated(stream: Stream, encoder: SampleEncoder, jobs: Iterator[tuple[str, 
 def split_samples(
     config: DataConfig, split: str, task: str, *, max_samples: int = 0, rank: int = 0, world_size: int = 1
 ) -> list[Sample]:
-    """This rank's share of an evaluation; ``max_samples`` (0: all) picks them evenly spaced over the whole split."""
-    samples = [s for r in records(config, split) for s in evaluation_samples(r, task, config)]
-    if 0 < max_samples < len(samples):
-        samples = [samples[i * len(samples) // max_samples] for i in range(max_samples)]
+    """This rank's share of an evaluation; ``max_samples`` (0: all) picks them evenly spaced over the whole split.
+
+    Nothing else is read.  Samples that cannot be used are left out, on all ranks alike.  Raises what SplitIndex.open raises.
+    """
+    index = SplitIndex.open(config, split)
+    ends = np.cumsum(sample_counts(index, partial(evaluation_samples, task=task, config=config)))
+    count = int(ends[-1]) if len(ends) else 0
+    picked = min(max_samples, count) or count
+    places = np.arange(picked) * count // max(1, picked)
+    numbers = np.searchsorted(ends, places, side="right")
+    samples = []
+    with closing(RecordReader(index)) as reader:
+        for record in np.unique(numbers).tolist():
+            try:
+                content = reader.read(record)
+                check_image(content.image)
+            except BadSample as fault:
+                index.report(record, fault)
+                continue
+            made = evaluation_samples(content, task, config)
+            begin = int(ends[record]) - len(made)
+            samples += [made[place - begin] for place in places[numbers == record].tolist()]
     return samples[rank::world_size]
 
 

@@ -11,8 +11,8 @@ Does not know prompts, tokens or streams.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ IMAGES = {
 def sources(annotations: Path, images: Path, withheld: bool = False) -> list[SplitSource]:
     """The three splits, and the withheld one where it is asked for; dense annotations where their files are."""
     folders = ImageFolders(images)
-    drafts = partial(_drafts, annotations, folders)
+    texts = cache(_texts)  # two splits are made of the train file, which takes minutes to read
+    drafts = partial(_drafts, annotations, folders, texts)
     found = [
         SplitSource(split="train", drafts=lambda: every_nth(drafts("train"), kept=False)),
         SplitSource(split="calibration", drafts=lambda: every_nth(drafts("train"), kept=True)),
@@ -75,9 +76,11 @@ def dense_annotations(annotations: Path, part: str) -> dict[int, tuple[int, tupl
     return known
 
 
-def _drafts(annotations: Path, folders: ImageFolders, part: str) -> Iterator[Draft]:
+def _drafts(
+    annotations: Path, folders: ImageFolders, texts: Callable[[Path, str], list[str]], part: str
+) -> Iterator[Draft]:
     path = annotations / FILE.format(part)
-    questions, answers = (_texts(path, name) for name in ("questions", "answers"))
+    questions, answers = (texts(path, name) for name in ("questions", "answers"))
     dense = dense_annotations(annotations, part)
     for place, entry in enumerate(items(path, "data.dialogs.item")):
         where = f"{path}, dialogue {place}"
@@ -94,6 +97,7 @@ def _drafts(annotations: Path, folders: ImageFolders, part: str) -> Iterator[Dra
             key=key_of("visdial", image),
             image=b"",
             image_id=str(image_id),
+            coco_id=str(image_id) if part == "train" else None,
             captions=tuple(filter(None, [text(entry, "caption", where, may_be_blank=True)])),
             dialogue=tuple(turns),
         )

@@ -25,6 +25,7 @@ from free_dist.backbones import Backbone, Blip2Backbone
 from free_dist.backbones.checkpoint_files import StoredTensor, stored_tensors
 from free_dist.backbones.checkpoint_hash import has_safetensors
 from free_dist.config import DataConfig, MissingFileError, UserError
+from free_dist.data.quarantine import BadSample
 from free_dist.data.samples import SampleEncoder
 
 INDEX = "index.json"
@@ -67,11 +68,11 @@ class VisualCache:
     def __call__(self, image: bytes) -> Tensor:
         """Encoded bytes -> features [P, W] in the type in which they are kept.
 
-        Raises UserError for an image that is not in the cache, and OSError, as decoding does, for one that cannot be decoded.
+        Raises UserError for an image that is not in the cache, and BadSample, as decoding does, for one that cannot be decoded.
         """
         digest = image_digest(image)
         if digest in self._unreadable:
-            raise OSError("an image that could not be decoded when the visual cache was made")
+            raise BadSample("corrupt image", "it could not be decoded when the visual cache was made")
         if digest not in self._places:
             raise UserError(
                 f"data.visual_cache: {self._directory} lacks an image of data.root; launch/cache_vision.py adds it"

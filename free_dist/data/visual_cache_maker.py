@@ -10,6 +10,7 @@ Shape letters: n images of a file, P positions of one image, W width of the visi
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
@@ -41,6 +43,7 @@ from free_dist.data.visual_cache import (
     read_index,
     stored_images,
 )
+from free_dist.hashing import file_sha256
 
 BATCH = 16
 """Images that the vision network sees at once while a cache is made."""
@@ -116,7 +119,7 @@ class CacheMaker:
         for path in sorted(self.directory.glob(FILES)):
             _, (rows, *shape), _ = read_header(path)
             shapes.add(tuple(shape))
-            content = {"name": path.name, "images": rows, "bytes": path.stat().st_size, "sha256": _file_hash(path)}
+            content = {"name": path.name, "images": rows, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
             shards.append(content)
         if len(shapes) > 1:
             raise UserError(f"data.visual_cache: {self.directory} holds features of several shapes, {sorted(shapes)}")
@@ -174,9 +177,11 @@ def make_cache(
 
 
 @torch.inference_mode()
-def features_shape(image: bytes, backbone: Blip2Backbone, encoder: SampleEncoder) -> tuple[int, int]:
-    """(P, W) of an image, by asking the vision tower about it."""
-    positions, width = encode(backbone, encoder.encode_image(image)[None]).shape[1:]
+def features_shape(backbone: Blip2Backbone, encoder: SampleEncoder) -> tuple[int, int]:
+    """(P, W) of any image, by asking the vision tower about a grey one."""
+    grey = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(grey, "PNG")
+    positions, width = encode(backbone, encoder.encode_image(grey.getvalue())[None]).shape[1:]
     return positions, width
 
 
@@ -197,12 +202,7 @@ def damaged_files(directory: Path) -> list[str]:
     for shard in read_index(directory)["shards"]:
         digest = None
         with suppress(FileNotFoundError):
-            digest = _file_hash(directory / shard["name"])
+            digest = file_sha256(directory / shard["name"])
         if digest != shard["sha256"]:
             damaged.append(shard["name"])
     return damaged
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

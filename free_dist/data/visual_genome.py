@@ -1,7 +1,7 @@
 """Converter of Visual Genome: region descriptions as captions and questions with one answer each, for training beside VQAv2.
 
 It publishes no split: every twentieth image is calibration, the others are train, and there is no test split.  About half of its
-images are COCO's; joined with COCO's or VQAv2's shards, the leak guard finds those whose bytes are the same.  Files are
+images are COCO's, and say which: joined with COCO's or VQAv2's shards, the leak guard finds them by their COCO id.  Files are
 ``image_data.json``, ``region_descriptions.json`` and ``question_answers.json``; boxes, objects and attributes are left out.
 Images lie in ``VG_100K`` and ``VG_100K_2``, as the archives unpack.  Does not know prompts, tokens or streams.
 """
@@ -46,7 +46,7 @@ def _drafts(
     annotations: Path, folders: ImageFolders, questions: dict[int, list[tuple[str, str, str]]]
 ) -> Iterator[Draft]:
     known = {
-        number(entry, "image_id", f"{annotations / IMAGES_FILE}, image {place}")
+        number(entry, "image_id", f"{annotations / IMAGES_FILE}, image {place}"): entry.get("coco_id")
         for place, entry in enumerate(items(annotations / IMAGES_FILE, "item"))
     }
     path = annotations / REGIONS_FILE
@@ -69,6 +69,7 @@ def _drafts(
             key=key_of("vg", image),
             image=b"",
             image_id=str(image_id),
+            coco_id=None if known[image_id] is None else str(known[image_id]),
             questions=asked,
             captions=tuple(dict.fromkeys(filter(None, phrases))),
         )

@@ -12,20 +12,24 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 from free_dist.config import DataConfig, UserError
+from free_dist.data.images import check_image
 from free_dist.data.quarantine import BadSample, Fault, Quarantine
 from free_dist.data.records import record_json
 from free_dist.data.samples import SampleEncoder
 from free_dist.data.shard_index import SUFFIX
 from free_dist.data.shards import MANIFEST, read_manifest
-from free_dist.data.split_index import SplitIndex
-from free_dist.data.stream import records, training_batches
+from free_dist.data.sources import fetch
+from free_dist.data.split_index import RecordReader, SplitIndex
+from free_dist.data.stream import records, split_samples, training_batches
 
 pytestmark = pytest.mark.corrupt
 
@@ -248,8 +252,9 @@ def test_a_decoder_that_hangs_is_given_up_alike_by_all_worlds(
         assert {line["reason"] for line in lines} == {"stalled reader"}
 
 
-def test_a_reader_that_hangs_costs_its_shard_and_one_timeout(
-    written, stream_config, tiny_encoder, some_records, tmp_path, monkeypatch
+@pytest.mark.parametrize("worlds", [(1, 3), (2, 4)])
+def test_a_shard_on_which_readers_hang_is_given_up_alike_by_all_worlds(
+    written, stream_config, in_processes, tiny_encoder, some_records, tmp_path, monkeypatch, worlds
 ) -> None:
     config = stream_config(written(), tasks={"caption": 1.0}, bad_sample_budget=0.5, read_timeout=2.0)
     read = os.pread
@@ -261,13 +266,16 @@ def test_a_reader_that_hangs_costs_its_shard_and_one_timeout(
 
     list(records(config.root, "train"))  # indexed
     monkeypatch.setattr(os, "pread", hung)
-    begun = time.monotonic()
-    batches = training_batches(config, tiny_encoder, seed=0, micro_batch_size=12, quarantine=tmp_path / "q.jsonl")
-    shown = {key for batch in islice(batches, 16) for key in batch.keys}
-    assert time.monotonic() - begun < 20
     lost = {record.key for record in some_records[100:120] if record.captions}
-    assert shown == {record.key for record in some_records if record.captions} - lost
-    assert {line["key"] for line in named(tmp_path / "q.jsonl")} == lost
+    runs = []
+    for world in worlds:
+        begun = time.monotonic()
+        runs.append(in_processes(config, tiny_encoder, 16, world, quarantine=tmp_path / f"{world}.jsonl"))
+        # The first read of the shard waits 2 s in each process, the others a tenth of that.
+        assert time.monotonic() - begun < 2.0 * len(lost)
+        assert {line["key"] for line in named(tmp_path / f"{world}.jsonl")} == lost
+    assert runs[0] == runs[1]
+    assert {key for batch in runs[0] for _, key, _ in batch} == {r.key for r in some_records if r.captions} - lost
 
 
 def test_damaged_indices_are_made_again(written, some_records) -> None:
@@ -302,6 +310,22 @@ def test_the_quarantine_is_shared_and_outlives_torn_lines(tmp_path: Path) -> Non
     assert Quarantine(path, place="there train", total=100, budget=0.0).lost == 0
 
 
+def test_a_run_that_starts_again_counts_what_it_finds_and_not_what_was_repaired(
+    written, some_records, tmp_path
+) -> None:
+    root, path = written(), tmp_path / "quarantine.jsonl"
+    shard = root / "train" / "000003.tar"
+    whole = shard.read_bytes()
+    flip_a_bit(root, 3)
+    config = DataConfig(root=str(root))
+    for _ in range(2):  # found again, and written once
+        with pytest.raises(UserError, match=r"20 of \d+ records .* wrong checksum"):
+            SplitIndex.open(config, "train", quarantine=path)
+        assert len(named(path)) == 1
+    shard.write_bytes(whole)
+    assert len(SplitIndex.open(config, "train", quarantine=path).rows) == len(some_records)
+
+
 # --- remote shards --------------------------------------------------------------------------------------------------
 
 
@@ -321,6 +345,38 @@ def test_remote_shards_give_the_rows_of_local_ones(
         for shard in (root / "train").glob("*.tar"):
             shard.unlink()
         assert len(rank_rows(config, tiny_encoder, 9, 0, 1)) == 9
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_a_remote_shard_that_came_damaged_is_fetched_again_once_it_is_put_right(written, tmp_path: Path, kind) -> None:
+    root, cache = written(), str(tmp_path / "cache")
+    shard = root / "train" / "000002.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-2000])
+    remote = f"pipe:cat {root}/{{}}" if kind == "pipe" else f"file://{root}"
+    config = DataConfig(root=remote, cache=cache, bad_sample_budget=0.5)
+    keys = [record.key for record in records(config, "train")]
+    shard.write_bytes(whole)
+    assert len(list(records(config, "train"))) == len(keys) + 20
+
+
+def test_a_url_that_stalls_or_whose_backend_fails_is_a_fault(tmp_path: Path) -> None:
+    class Hanging(MemoryFileSystem):
+        protocol = "hanging"
+
+        def open(self, path, mode="rb", **_options):
+            if path.endswith("fails"):
+                raise RuntimeError("credentials expired")
+            threading.Event().wait()
+
+    fsspec.register_implementation("hanging", Hanging, clobber=True)
+    begun = time.monotonic()
+    with pytest.raises(BadSample, match="stalled reader: 0 bytes came from hanging://x/shard"):
+        fetch("hanging://x", "shard", tmp_path / "shard", limit=100, timeout=1.0)
+    assert time.monotonic() - begun < 5
+    with pytest.raises(BadSample, match=r"missing shard: hanging://x/fails: RuntimeError\('credentials expired'\)"):
+        fetch("hanging://x", "fails", tmp_path / "shard", limit=100, timeout=5.0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pipe_that_stalls_fails_or_never_ends_is_a_fault_and_leaves_no_process(
@@ -393,3 +449,19 @@ def test_hostile_members_are_refused_and_the_others_read(written, some_records, 
     index = SplitIndex.open(DataConfig(root=str(root), bad_sample_budget=1.0), "train")
     assert [index.key(i) for i in range(len(index.rows))] == [record.key for record in some_records[:6]]
     assert reason in {fault.reason for fault in index.quarantine.faults}
+
+
+def test_an_evaluation_leaves_out_what_cannot_be_used_and_reads_no_more_than_it_shows(
+    damaged, stream_config, some_records, monkeypatch
+) -> None:
+    config = stream_config(damaged, bad_sample_budget=0.6)
+    whole = split_samples(config, "train", "caption")
+    bad = {record.key for record in some_records} - {sample.key for sample in whole}
+    assert bad and all(check_image(sample.image) is None for sample in whole)
+    shares = [split_samples(config, "train", "caption", rank=rank, world_size=3) for rank in range(3)]
+    assert [sample for row in zip_longest(*shares) for sample in row if sample is not None] == whole
+    looked_at: list[int] = []
+    read = RecordReader.read
+    monkeypatch.setattr(RecordReader, "read", lambda self, record: (looked_at.append(record), read(self, record))[1])
+    assert 0 < len(split_samples(config, "train", "vqa", max_samples=4)) <= 4
+    assert len(looked_at) <= 4

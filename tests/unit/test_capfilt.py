@@ -25,7 +25,7 @@ from free_dist.backbones.checkpoint_hash import checkpoint_hash
 from free_dist.config import DataConfig, MissingFileError, UserError
 from free_dist.data.capfilt import CapFiltSettings, Counts, bootstrap
 from free_dist.data.capfilt_models import BlipCaptioner, BlipFilter, SeededNucleus, row_generator
-from free_dist.data.capfilt_shards import CapFilt, copy_split, finish, finished, run_rank
+from free_dist.data.capfilt_shards import CapFilt, copy_split, finish, finished, run_rank, unfinished
 from free_dist.data.records import Record
 from free_dist.data.shards import is_intact, read_manifest, write_split
 from free_dist.data.stream import epoch_samples, records
@@ -90,8 +90,10 @@ def shard_bytes(root: Path, split: str = "train") -> list[bytes]:
 
 
 def make(source: Path, out: Path, capfilt: CapFilt, world_size: int = 1) -> Counts:
+    remaining = unfinished(source, out, "train", capfilt)
     for rank in range(world_size):
-        run_rank(source, out, "train", capfilt, batch_size=3, rank=rank, world_size=world_size)
+        dealt = {"rank": rank, "world_size": world_size, "remaining": remaining}
+        run_rank(source, out, "train", capfilt, batch_size=3, **dealt)
     return finish(source, out, "train", capfilt)
 
 

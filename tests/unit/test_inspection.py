@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.embedded import new_image_processor
 from free_dist.config import DataConfig, UserError
-from free_dist.data.inspection import ShownRecord, every_nth, show_record
+from free_dist.data.inspection import ShownRecord, show_record
 from free_dist.data.inspection_page import COLOURS, html_page, png_sheet
 from free_dist.data.pretrained import load_encoder, load_pretrained
 from free_dist.data.records import DialogueTurn, Question, Record, SyntheticCaption
@@ -70,13 +70,6 @@ def test_a_row_that_is_too_long_says_so(
     assert found["dialogue"].sequences == () and "exceeds" in str(found["dialogue"].problem)
     assert found["vqa"].problem is None
     assert split_statistics([first(tiny_data)], tiny_data, short)["rows"]["dialogue"]["too_long"] == 1
-
-
-def test_records_are_taken_evenly_over_a_split() -> None:
-    rows = [Record(key=str(i), image=b"") for i in range(10)]
-    assert [record.key for record in every_nth(rows, 3, 10)] == ["0", "3", "6"]
-    assert [record.key for record in every_nth(rows[:2], 3, 2)] == ["0", "1"]
-    assert list(every_nth([], 3, 0)) == []
 
 
 def test_an_encoder_without_weights_makes_the_same_batches(

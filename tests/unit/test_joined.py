@@ -64,14 +64,34 @@ def test_an_image_in_two_splits_is_an_error(tiny_root: Path, tmp_path: Path) -> 
     root = captioned(tmp_path / "shades", SHADES)
     made = [Record(key="blue", image=picture(3), captions=("blue",))]
     write_split(root, dataset="shades", split="test", records=made, total=1)
-    with pytest.raises(UserError, match=r"shades/test: blue is that of .*shades/train: red-3: a split leaks"):
+    with pytest.raises(UserError, match=r"shades/train: red-3 is that of .*shades/test: blue: a split leaks"):
         prepare(tmp_path / "both", [tiny_root, root])
     assert not (tmp_path / "both").exists()
 
 
+def test_images_of_another_split_are_dropped_by_their_bytes_and_by_their_coco_id(tmp_path: Path) -> None:
+    coco, genome = tmp_path / "coco", tmp_path / "genome"
+    for split, shades in SHADES.items():
+        made = [Record(key=f"coco-{n}", image=picture(n), image_id=str(n), captions=("red",)) for n in shades]
+        write_split(coco, dataset="coco", split=split, records=made, total=len(made))
+    # Another encoding of COCO's test image 10, the very file of its test image 11, an image of its train split, and a new one.
+    made = [
+        Record(key="vg-0", image=picture(100), image_id="7", coco_id="10", captions=("red",)),
+        Record(key="vg-1", image=picture(11), image_id="8", captions=("red",)),
+        Record(key="vg-2", image=picture(101), image_id="9", coco_id="3", captions=("red",)),
+        Record(key="vg-3", image=picture(102), image_id="10", captions=("red",)),
+    ]
+    write_split(genome, dataset="vg", split="train", records=made, total=4)
+    with pytest.raises(UserError, match=r"COCO image of .*vg-0 is that of .*coco-10: .*--drop-leaks"):
+        prepare(tmp_path / "both", [coco, genome])
+    manifests = prepare(tmp_path / "both", [coco, genome], drop_leaks=True)
+    assert {manifest.split: manifest.samples for manifest in manifests} == {"train": 10, "calibration": 2, "test": 2}
+    assert [record.key for record in records(tmp_path / "both", "train")][-2:] == ["vg-2", "vg-3"]
+
+
 def test_a_key_that_names_two_records_is_an_error(tmp_path: Path) -> None:
     roots = [captioned(tmp_path / name, SHADES) for name in ("one", "two")]
-    with pytest.raises(UserError, match=r"two/train: red-0 is also in .*one/train"):
+    with pytest.raises(UserError, match=r"two/test: red-10 is also in .*one/test"):
         prepare(tmp_path / "both", roots)
 
 

@@ -379,7 +379,7 @@ JSON_DAMAGES: dict[str, tuple[Callable[[dict], object], str]] = {
     "list for an object": (lambda r: r["dialogue"].append([]), "dialogue[2] is a list, want an object"),
     "empty caption": (lambda r: r.update(captions=["a", " "]), "captions[1] is empty"),
     "empty question": (lambda r: r["questions"][0].update(question=""), "questions[0].question is empty"),
-    "empty answer": (lambda r: r["questions"][0].update(answers=["yes", "\t"]), "questions[0].answers[1] is empty"),
+    "empty answer": (lambda r: r["questions"][0].update(answers=["", "\t"]), "questions[0].answers are all empty"),
     "empty synthetic caption": (
         lambda r: r["synthetic_captions"][0].update(text=""),
         "synthetic_captions[0].text is empty",

@@ -243,8 +243,9 @@ def test_the_dialogue_recipe_has_a_budget_that_the_shortest_q_former_reads(encod
     assert data.max_turns == 10 and data.questions_per_image == 10
 
 
-def test_evaluation_of_a_split_with_dialogues(tmp_path: Path) -> None:
-    write_split(tmp_path, dataset="visdial", split="test", records=[DIALOGUE], total=1)
+def test_evaluation_of_a_split_with_dialogues(tmp_path: Path, tiny_root: Path) -> None:
+    shown = replace(DIALOGUE, image=next(records(tiny_root, "test")).image)
+    write_split(tmp_path, dataset="visdial", split="test", records=[shown], total=1)
     data = DataConfig(root=str(tmp_path), max_turns=10)
     found = split_samples(data, "test", "dialogue")
     assert [sample.references for sample in found] == [(answer,) for answer in ANSWERS]
