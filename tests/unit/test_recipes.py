@@ -27,7 +27,7 @@ SIZES = ("2.7b", "7b", "13b")
 def test_every_backbone_with_a_vision_half_and_every_task_of_the_paper_has_its_recipe() -> None:
     # SmolLM2 is a language model alone, and the embedded backbone's recipe is the quickstart's.
     assert set(BACKBONES) == set(PUBLISHED_BACKBONES) - {EMBEDDED_BACKBONE, "smollm2-135m"}
-    assert set(TASKS) == {"coco", "nocaps", "vqav2", "visdial"}
+    assert set(TASKS) == {"coco", "nocaps", "vqav2", "vqav2_vg", "visdial"}
 
 
 @pytest.mark.parametrize(("backbone", "task"), list(product(BACKBONES, TASKS)))
