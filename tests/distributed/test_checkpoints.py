@@ -87,35 +87,58 @@ def sections(size: int, stage: int, *, accumulation: int = 1, bf16: bool = False
     return content
 
 
+def parts_of_run(plans: list[tuple[str, int, Any]]) -> list[dict[str, Any]]:
+    """Several parts (directory, last step, sections), one after the other, each with engines of its own."""
+    found = []
+    for directory, until, content in plans:
+        torch.manual_seed(7)
+        found.append(part_of_run(Path(directory), until, content))
+    return found
+
+
 @pytest.mark.parametrize(
-    ("size", "stage", "other", "bf16"),
-    [(1, 1, 2, False), (2, 2, 1, False), (2, 3, 3, False), (2, 1, 3, False), (2, 1, 1, True), (2, 2, 2, True), (1, 3, 3, True)],
+    ("size", "stages"),
+    [(1, [(1, 2, False), (3, 3, True)]), (2, [(2, 1, False), (3, 3, False), (1, 3, False)]), (2, [(1, 1, True), (2, 2, True)])],
 )  # fmt: skip
-def test_what_is_restored_goes_on_bit_by_bit(tmp_path: Path, size: int, stage: int, other: int, bf16: bool) -> None:
-    content = sections(size, stage, bf16=bf16, other=None if bf16 else other)
-    whole = run_ranks(size, part_of_run, tmp_path / "whole", STEPS, content)
-    for until in (2, 3, STEPS):
-        parts = run_ranks(size, part_of_run, tmp_path / "cut", until, content)
-    for a, b in zip(whole, parts, strict=True):
-        assert {step: a["losses"][step] for step in b["losses"]} == b["losses"]
-        assert a["state"].keys() == b["state"].keys()
-        assert all(torch.equal(a["state"][name], b["state"][name]) for name in a["state"])
-        assert torch.equal(a["random"], b["random"])
+def test_what_is_restored_goes_on_bit_by_bit(tmp_path: Path, size: int, stages: list[tuple[int, int, bool]]) -> None:
+    plans = []
+    for number, (stage, other, bf16) in enumerate(stages):
+        content = sections(size, stage, bf16=bf16, other=None if bf16 else other)
+        plans.append((f"{tmp_path}/{number}/whole", STEPS, content))
+        plans += [(f"{tmp_path}/{number}/cut", until, content) for until in (2, 3, STEPS)]
+    for results in run_ranks(size, parts_of_run, plans):
+        for first in range(0, len(results), 4):
+            whole, *parts = results[first : first + 4]
+            for part, steps in zip(parts, ([1, 2], [3], [4, 5, 6]), strict=True):
+                assert part["losses"] == {step: whole["losses"][step] for step in steps}
+            state = parts[-1]["state"]
+            assert whole["state"].keys() == state.keys()
+            assert all(torch.equal(whole["state"][name], state[name]) for name in state)
+            assert torch.equal(whole["random"], parts[-1]["random"])
 
 
 @pytest.mark.elastic
-@pytest.mark.parametrize(("stage", "other"), [(1, 1), (2, 3), (3, 2)])
-def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path: Path, stage: int, other: int) -> None:
-    (whole,) = run_ranks(1, part_of_run, tmp_path / "whole", 8, sections(1, stage, other=other))
+def test_a_run_goes_on_with_other_numbers_of_ranks_at_every_zero_stage(tmp_path: Path) -> None:
+    stages = [(exits, discriminators) for exits in (1, 2, 3) for discriminators in (1, 2, 3)]
+
+    def plans(size: int, until: int, accumulation: int = 1, name: str = "cut") -> list[tuple[str, int, Any]]:
+        return [
+            (f"{tmp_path}/{a}{b}/{name}", until, sections(size, a, other=b, accumulation=accumulation))
+            for a, b in stages
+        ]
+
+    (whole,) = run_ranks(1, parts_of_run, [(f"{tmp_path}/whole", 8, sections(1, 1))])
     for size, until, accumulation in ((4, 2, 1), (2, 4, 2), (1, 6, 1), (2, 8, 1)):
-        content = sections(size, stage, accumulation=accumulation, other=other)
-        parts = run_ranks(size, part_of_run, tmp_path / "cut", until, content)
-        for part in parts:
-            assert len(part["losses"]) == 2
-            for step, loss in part["losses"].items():
-                assert loss == pytest.approx(whole["losses"][step], abs=1e-5)
-    for name, value in whole["state"].items():
-        torch.testing.assert_close(parts[0]["state"][name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        for results in run_ranks(size, parts_of_run, plans(size, until, accumulation)):
+            for result in results:
+                assert result["losses"].keys() == {until - 1, until}
+                for step, loss in result["losses"].items():
+                    assert loss == pytest.approx(whole[0]["losses"][step], abs=1e-5)
+    for name, value in whole[0]["state"].items():
+        for result in results:
+            torch.testing.assert_close(
+                result["state"][name], value, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
 
 def test_a_checkpoint_is_hardly_larger_than_what_is_trained(tmp_path: Path) -> None:
