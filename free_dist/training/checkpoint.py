@@ -208,6 +208,11 @@ class Checkpoints:
             concurrent.futures.wait([self._job])
             self._next_part()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether this rank has nothing left to do for the save that was started last."""
+        return self._job is None or self._job.done()
+
     def _advance(self) -> None:
         if self._job is not None and all_true(self._job.done(), self._world.device):
             self._next_part()

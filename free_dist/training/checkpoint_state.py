@@ -46,7 +46,7 @@ def pieces(name: str, engine: DeepSpeedEngine) -> dict[str, Tensor]:
         f"{name}/{kind}/{parameter_name}@{start}": stretch
         for parameter_name, parameter in _trained(engine)
         for kind in (WEIGHT, *kinds)
-        for start, stretch in [_held(parameter, kind)]
+        for start, stretch in [_held(engine, parameter, kind)]
         if stretch is not None
     }
 
@@ -124,13 +124,11 @@ def restore(name: str, engine: DeepSpeedEngine, facts: Mapping[str, Any], stored
         state = engine.basic_optimizer.state[flat]
         state.update({kind: torch.zeros_like(flat) for kind in facts["kinds"]})
         state.update({key: _scalar(value) for key, value in facts["scalars"].items()})
-    if facts["kinds"] and not _is_sharded(engine):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
     for parameter_name, parameter in _trained(engine):
         for kind in (WEIGHT, *facts["kinds"]):
-            start, stretch = _held(parameter, kind)
+            start, stretch = _held(engine, parameter, kind)
             if stretch is not None:
-                _put(parameter, kind, stored.read(f"{name}/{kind}/{parameter_name}", start, stretch.numel()))
+                _put(engine, parameter, kind, stored.read(f"{name}/{kind}/{parameter_name}", start, stretch.numel()))
     _copy_to_parameters(engine)
     for group, values in zip(engine.basic_optimizer.param_groups, facts["groups"], strict=True):
         group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in values.items()})
@@ -187,9 +185,9 @@ def _scalar(stored: list[Any]) -> Any:
     return torch.tensor(value, dtype=getattr(torch, dtype)) if dtype else value
 
 
-def _held(parameter: Any, kind: str) -> tuple[int, Tensor | None]:
+def _held(engine: DeepSpeedEngine, parameter: Any, kind: str) -> tuple[int, Tensor | None]:
     """(first element, values) of the stretch of a parameter that this rank holds; None where it holds nothing."""
-    if hasattr(parameter, "ds_id"):
+    if _is_sharded(engine):
         whole = _local(parameter, kind)
         start = dist.get_rank(parameter.ds_process_group) * whole.numel()
         count = min(whole.numel(), parameter.ds_numel - start)  # the last rank's stretch is padded
@@ -197,14 +195,18 @@ def _held(parameter: Any, kind: str) -> tuple[int, Tensor | None]:
     mapping = parameter._hp_mapping
     if mapping is None:
         return 0, None
-    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(None if kind == WEIGHT else kind)
+    # Not through the mapping's own table of optimizer states: DeepSpeed fills it when only the first group has any.
+    flat = _flat_partitions(engine)[mapping.param_group_index]
+    source = flat if kind == WEIGHT else engine.basic_optimizer.state[flat][kind]
+    place = mapping.get_hp_fragment_address()
+    return mapping.lp_fragment_address.start, source.detach().narrow(0, place.start, place.numel)
 
 
-def _put(parameter: Any, kind: str, values: Tensor) -> None:
-    if not hasattr(parameter, "ds_id"):
-        stretch = _held(parameter, kind)[1]
+def _put(engine: DeepSpeedEngine, parameter: Any, kind: str, values: Tensor) -> None:
+    if not _is_sharded(engine):
+        stretch = _held(engine, parameter, kind)[1]
         assert stretch is not None
-        stretch.data.copy_(values)
+        stretch.copy_(values)
         return
     whole = _local(parameter, kind).clone()
     whole[: values.numel()] = values
