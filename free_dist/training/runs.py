@@ -104,7 +104,7 @@ def goes_on(recipe: Recipe, *, ds_config: Path, backbone: Path) -> bool:
     distribution = run_dir / DISTRIBUTION
     if not same_recipe(recipe, run_dir / RECIPE) or not distribution.is_file():
         return False
-    saved = sorted((run_dir / CHECKPOINTS).glob("step-*/manifest.json"))
+    saved = sorted((run_dir / CHECKPOINTS).glob("step-????????/manifest.json"))
     return (
         bool(saved)
         and exported_steps(run_dir) < recipe.training.max_steps

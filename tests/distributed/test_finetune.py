@@ -243,7 +243,7 @@ def test_a_run_with_other_settings_is_refused_by_name_and_a_finished_one_too(sta
     with pytest.raises(UserError, match=r"other settings \(finetune.lora_rank is 4 there, 3 here\)"):
         check_run(other, section)
     check_run(recipe, scene.section(recipe, stage=3, accumulation=2))  # how work is spread is free
-    with pytest.raises(UserError, match="--ds_config: bf16 is .*False.* there, .*True.* here"):
+    with pytest.raises(UserError, match=r"--ds_config: bf16 is .*False.* there, .*True.* here"):
         check_run(recipe, scene.section(recipe, bf16=True))
     (tmp_path / "run" / BACKBONE).mkdir()
     with pytest.raises(UserError, match="already holds a finished run"):
