@@ -157,6 +157,17 @@ class TrainingConfig:
     """Steps between two logged steps."""
     sample_every: int = 100
     """Steps between two logs of sample captions; 0 for never."""
+    log_samples: bool = True
+    """Write the ids of the samples that every step saw to ``run_dir/samples.jsonl``; about 20 bytes a row."""
+    save_every: int = 500
+    """Steps between two checkpoints, from which the same command goes on, also with another number of processes. A run that
+    is asked to stop, and one at its end, saves too. 0: never."""
+    save_in_background: bool = True
+    """Write checkpoints while training goes on; needs room for a second copy of what is saved in the host's memory."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept, also after the last step."""
+    keep_best: int = 1
+    """Checkpoints that are kept besides: those with the lowest mean training loss since the checkpoint before. 0: none."""
     expected_world_size: int | None = None
     """Number of processes the run was meant for; a smaller launch is an error. None accepts any."""
     expected_rows_per_step: int | None = None
@@ -223,8 +234,6 @@ class FinetuneConfig:
     """Gradient norm limit without a ds_config, and of ``vision_steps``."""
     eval_every: int = 500
     """Steps between two evaluations on the calibration split; 0 for none."""
-    save_every: int = 500
-    """Steps between two checkpoints, from which an ended run goes on."""
 
 
 @dataclass(kw_only=True)

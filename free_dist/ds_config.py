@@ -48,6 +48,25 @@ KNOWN_KEYS = frozenset(
 )
 """Top-level DeepSpeed keys a section may hold."""
 
+UNTRAINED_KEYS = frozenset(
+    {
+        "activation_checkpointing",
+        "checkpoint",
+        "comms_logger",
+        "dump_state",
+        "flops_profiler",
+        "gradient_accumulation_steps",
+        "log_level",
+        "memory_breakdown",
+        "steps_per_print",
+        "timers",
+        "train_micro_batch_size_per_gpu",
+        "wall_clock_breakdown",
+        "zero_optimization",
+    }
+)
+"""Keys that spread work or report on it, and change nothing of what is learnt as long as a step keeps its rows."""
+
 REPLICATED_SHARE = 0.6
 """Most of a device's memory that a replicated backbone may take when the choice is ours."""
 
@@ -101,6 +120,32 @@ def micro_batch_size(ds_config: dict[str, dict[str, Any]]) -> int:
 def gradient_accumulation_steps(ds_config: dict[str, dict[str, Any]]) -> int:
     """Micro-batches per optimizer step."""
     return int(ds_config["exits"].get("gradient_accumulation_steps", 1))
+
+
+def rows_per_step(ds_config: dict[str, dict[str, Any]], world_size: int) -> int:
+    """Rows of one optimizer step, over all processes."""
+    return micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * world_size
+
+
+def with_rows_per_step(
+    ds_config: dict[str, dict[str, Any]], rows: int | None, world_size: int
+) -> dict[str, dict[str, Any]]:
+    """The same distribution with as many accumulation steps as give a step ``rows`` rows; None changes nothing.
+
+    So a run goes on with the same global batches after it lost or gained processes.  Raises UserError when its micro-batches
+    cannot give so many rows.
+    """
+    if rows is None or rows == rows_per_step(ds_config, world_size):
+        return ds_config
+    at_once = micro_batch_size(ds_config) * world_size
+    steps, rest = divmod(rows, at_once)
+    if rest or not steps:
+        raise UserError(
+            f"--ds_config: the steps of this run have {rows} rows, which {world_size} process{'es' * (world_size > 1)} with "
+            f"{micro_batch_size(ds_config)} rows each cannot share: change train_micro_batch_size_per_gpu or the number of "
+            "processes"
+        )
+    return {name: section | {"gradient_accumulation_steps": steps} for name, section in ds_config.items()}
 
 
 def zero_stage(section: dict[str, Any]) -> int:

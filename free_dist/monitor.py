@@ -28,14 +28,20 @@ class Monitor:
     Use as a context manager, so that what was logged reaches the disk whatever ends the run.
     """
 
-    def __init__(self, run_dir: Path, *, total_steps: int, description: str, enabled: bool = True) -> None:
+    def __init__(
+        self, run_dir: Path, *, total_steps: int, description: str, done: int = 0, enabled: bool = True
+    ) -> None:
+        """``done``: steps that an earlier part of the run has logged; TensorBoard forgets what it logged after them."""
         self._enabled = enabled
         self._samples = 0
         self._since = time.perf_counter()
-        self._progress = tqdm(total=total_steps, desc=description, unit="step", disable=not enabled, mininterval=1.0)
+        self._progress = tqdm(
+            total=total_steps, initial=done, desc=description, unit="step", disable=not enabled, mininterval=1.0
+        )
         if enabled:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._writer = SummaryWriter(run_dir / TENSORBOARD)
+            is_resumed = (run_dir / TENSORBOARD).is_dir()
+            self._writer = SummaryWriter(run_dir / TENSORBOARD, purge_step=done + 1 if is_resumed else None)
             self._log = open(run_dir / LOG, "a")
 
     def __enter__(self) -> Monitor:

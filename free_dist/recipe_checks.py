@@ -164,6 +164,9 @@ def _check_training(training: TrainingConfig) -> None:
     _at_least(1, "training.log_every", training.log_every)
     _at_least(0, "training.seed", training.seed)
     _at_least(0, "training.sample_every", training.sample_every)
+    _at_least(0, "training.save_every", training.save_every)
+    _at_least(1, "training.keep_last", training.keep_last)
+    _at_least(0, "training.keep_best", training.keep_best)
     if training.warmup_steps is not None:
         _at_least(0, "training.warmup_steps", training.warmup_steps)
         _require(
@@ -198,7 +201,6 @@ def _check_finetune(finetune: FinetuneConfig) -> None:
     _positive("finetune.grad_clip", finetune.grad_clip)
     _at_least(1, "finetune.batch_size", finetune.batch_size)
     _at_least(0, "finetune.eval_every", finetune.eval_every)
-    _at_least(1, "finetune.save_every", finetune.save_every)
     _at_least(0, "finetune.vision_steps", finetune.vision_steps)
     if finetune.n_blocks is not None:
         _at_least(1, "finetune.n_blocks", finetune.n_blocks)

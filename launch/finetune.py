@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from free_dist.config import DataConfig, Recipe
-from free_dist.ds_config import read_ds_config
+from free_dist.ds_config import read_ds_config, with_rows_per_step
 from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.training.run_directory import CHECKPOINTS
 from free_dist.training.stage1_run import check_run, engine_section, write_run
 
 EXIT_INTERRUPTED = 130
@@ -48,12 +49,16 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported, which warns without it
     from free_dist.data import easyvqa
     from free_dist.distributed import distributed_session
+    from free_dist.training.checkpoint_files import saved_rows_per_step
     from free_dist.training.finetune import finetune
     from free_dist.training.stage1_start import make_start, start_directory
     from free_dist.training.trainer import Interrupted
 
     disable_progress_bar()
     with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
+        if ds_config is not None:
+            rows_before = saved_rows_per_step(Path(recipe.run_dir) / CHECKPOINTS)
+            ds_config = with_rows_per_step(ds_config, rows_before, world.size)
         section = engine_section(recipe, ds_config, world.size)
         check_run(recipe, section)
         torch.distributed.barrier()  # nothing is written until every rank has looked

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Stage 2: train adversarial early exits on a frozen backbone with three DeepSpeed engines.
+"""Stage 2: train adversarial early exits on a frozen backbone with three DeepSpeed engines; an interrupted run goes on.
 
     deepspeed launch/train.py --ds_config ds_configs/cpu.json
     deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/cpu.json training.max_steps=100
@@ -12,15 +12,17 @@ Without a GPU the deepspeed launcher starts one process unless --num_gpus names 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 from free_dist.config import DataConfig, Recipe
-from free_dist.ds_config import gradient_accumulation_steps, micro_batch_size, read_ds_config
+from free_dist.ds_config import read_ds_config, rows_per_step, with_rows_per_step
 from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
-from free_dist.training.runs import refuse_existing_run
+from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE
+from free_dist.training.runs import check_run
 
 EXIT_INTERRUPTED = 130
 
@@ -44,7 +46,7 @@ def main() -> None:
 
 
 def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Path) -> int:
-    """Train as the recipe says; returns the exit code."""
+    """Train as the recipe says, or go on with it; returns the exit code."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -53,14 +55,16 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
     from free_dist.atomic import write_atomically
     from free_dist.data import easyvqa
     from free_dist.distributed import distributed_session
+    from free_dist.training.checkpoint_files import saved_rows_per_step
     from free_dist.training.trainer import Interrupted, train
 
     disable_progress_bar()
     run_dir = Path(recipe.run_dir)
-    refuse_existing_run(run_dir)
+    check_run(recipe, ds_config)
     with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
-        rows = micro_batch_size(ds_config) * gradient_accumulation_steps(ds_config) * world.size
+        ds_config = with_rows_per_step(ds_config, saved_rows_per_step(run_dir / CHECKPOINTS), world.size)
+        rows = rows_per_step(ds_config, world.size)
         check_rows_per_step(recipe, rows, f"{ds_config_path} on {processes}")
         if world.is_main:
             print(
@@ -69,11 +73,12 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
             if recipe.data.root == DataConfig().root:
                 easyvqa.prepare(Path(recipe.data.root))
             run_dir.mkdir(parents=True, exist_ok=True)
-            save_recipe(recipe, run_dir / "recipe.yaml")
-            write_atomically(run_dir / "ds_config.json", ds_config_path.read_bytes())
+            save_recipe(recipe, run_dir / RECIPE)
+            write_atomically(run_dir / DISTRIBUTION, ds_config_path.read_bytes())
         torch.distributed.barrier()  # the other ranks read the data that rank 0 has just prepared
+        tell = functools.partial(print, flush=True) if world.is_main else lambda _line: None
         try:
-            export = train(recipe, ds_config, world)
+            export = train(recipe, ds_config, world, tell)
         except Interrupted as stop:
             if world.is_main:
                 print(f"\n{stop}")

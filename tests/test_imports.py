@@ -25,7 +25,12 @@ FLOORS = (
 )
 """Rooms from the ground up; a room may import from its own floor and from those below."""
 
-MAY_IMPORT_DEEPSPEED = {"free_dist.engines", "free_dist.distributed", "free_dist.training.checkpoint"}
+MAY_IMPORT_DEEPSPEED = {
+    "free_dist.engines",
+    "free_dist.distributed",
+    "free_dist.training.checkpoint",
+    "free_dist.training.checkpoint_state",
+}
 KEPT_FROM_DISTRIBUTION = {"backbones", "exits", "decoding", "data"}
 """Rooms that run in any process: no torch.distributed, not even through a module of ours."""
 

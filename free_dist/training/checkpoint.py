@@ -1,76 +1,245 @@
-"""Checkpoints of a DeepSpeed engine: whole or absent, whenever the processes die.
+"""Saving a training run while it runs, and putting it back: engines, place in the data, random numbers, schedules.
 
-A checkpoint is a directory ``step-N`` with one file per rank from DeepSpeed and a manifest.  It is written under another name
-and renamed when all ranks are done, then older ones are removed.  Knows engines and files; does not know what is trained, nor
-the data stream and the random numbers, which are functions of the step.
+    found = newest_sound(directory, world, tell)           the newest checkpoint that proves whole, on all ranks alike
+    with Checkpoints(...) as checkpoints:
+        done = checkpoints.restore(found)                  0 where there is none
+        for step in range(done + 1, steps + 1):
+            ...
+            checkpoints.after_step(step, loss, stopped)    saves when a save is due
+
+A save copies what this rank holds into the host's memory and returns; a thread writes the file while training goes on.  When all
+ranks' files are on disk, which ranks learn from each other once per step, rank 0 writes the manifest and gives the directory its
+name.  At most one save is under way.  Knows engines and ranks; does not know what is trained.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import concurrent.futures
+import random
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors import safe_open
+from torch import Tensor
 
-from free_dist.atomic import synchronise, write_atomically
-from free_dist.config import UserError
-from free_dist.distributed import World
+from free_dist.config import TrainingConfig, UserError
+from free_dist.data.order import StreamState
+from free_dist.distributed import World, all_gather, all_reduce_sum, all_true, seed_everything
+from free_dist.training.checkpoint_files import (
+    FORMAT,
+    FileRecord,
+    Snapshot,
+    checkpoints,
+    damage,
+    publish,
+    rank_file,
+    read_manifest,
+    remove_unfinished,
+    set_aside,
+    step_directory,
+    unfinished,
+)
+from free_dist.training.checkpoint_state import Pieces, engine_facts, pieces, restore
+from free_dist.training.random_state import random_state, set_random_state
 
-MANIFEST = "manifest.json"
-ENGINE = "engine"
-PREFIX = "step-"
-UNFINISHED = ".tmp"
+RANDOM = "random/"
+"""Beginning of the names of random states in a rank's file."""
 
 
-def save_checkpoint(directory: Path, engine: DeepSpeedEngine, *, step: int, world: World) -> Path:
-    """Write the trained weights, optimizer and schedule after optimizer step ``step``, then forget older checkpoints.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A sound checkpoint."""
 
-    All ranks call it.  Frozen weights are not stored.  Does nothing if this step's checkpoint exists.
+    path: Path
+    manifest: dict[str, Any]
+
+
+def newest_sound(directory: Path, world: World, tell: Callable[[str], None]) -> Found | None:
+    """The newest checkpoint whose every checksum is right, or None; all ranks call it and get the same.
+
+    Damaged ones are named to ``tell`` and renamed.  What a dead process had begun to write is removed.
     """
-    final = directory / f"{PREFIX}{step:08d}"
-    written = final.with_name(final.name + UNFINISHED)
-    if final.is_dir():
-        return final
     if world.is_main:
-        shutil.rmtree(written, ignore_errors=True)
-        written.mkdir(parents=True)
-    torch.distributed.barrier()
-    engine.save_checkpoint(str(written), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
-    torch.distributed.barrier()
-    if world.is_main:
-        write_atomically(written / MANIFEST, json.dumps({"step": step, "world_size": world.size}).encode())
-        synchronise(written)
-        written.rename(final)
-        synchronise(directory)
-        for other in directory.iterdir():
-            if other != final and other.name.startswith(PREFIX):
-                shutil.rmtree(other)
-    torch.distributed.barrier()
-    return final
+        remove_unfinished(directory)
+    listed = all_gather([[path.name for path in checkpoints(directory)] if world.is_main else []])[0][0]
+    for path in (directory / name for name in listed):
+        complaints = [c for (c,) in all_gather([damage(path, rank=world.rank, world_size=world.size)]) if c is not None]
+        if not complaints:
+            manifest = read_manifest(path)
+            assert manifest is not None
+            return Found(path=path, manifest=manifest)
+        if world.is_main:
+            aside = set_aside(path)
+            tell(
+                f"damaged checkpoint {path}: {complaints[0]}; it is now called {aside.name}, and the one before is taken"
+            )
+    return None
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint below ``directory``, or None."""
-    complete = [path.parent for path in directory.glob(f"{PREFIX}*/{MANIFEST}") if path.parent.suffix != UNFINISHED]
-    return max(complete, default=None)
+class Checkpoints:
+    """Saves and restores one run; every method is called by all ranks.  Use as a context manager around the loop."""
 
+    def __init__(
+        self,
+        directory: Path,
+        engines: Mapping[str, DeepSpeedEngine],
+        *,
+        world: World,
+        training: TrainingConfig,
+        rows_per_step: int,
+        tasks: Mapping[str, float],
+        backbone: str,
+        facts: Mapping[str, Any],
+    ) -> None:
+        """``engines``: those that train, by name; ``tasks``: weights of the stream's tasks; ``backbone``: hash of the frozen
+        weights, which are not stored; ``facts``: what else the manifest shall say, for JSON."""
+        self._directory = directory
+        self._engines = engines
+        self._world = world
+        self._training = training
+        self._rows = rows_per_step
+        self._tasks = tasks
+        self._belongs = {**facts, "backbone": backbone}
+        self._snapshot = Snapshot()
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._job: Future[FileRecord | None] | None = None
+        self._saving: dict[str, Any] | None = None
+        self._loss = torch.zeros(2, dtype=torch.float64, device=world.device)
 
-def load_checkpoint(checkpoint: Path, engine: DeepSpeedEngine, *, world: World) -> int:
-    """Put an engine, built as the one that was saved, back to where it was; returns the number of its optimizer steps.
+    def __enter__(self) -> Checkpoints:
+        return self
 
-    The files are DeepSpeed's own pickles, written by this program into the run's directory.  All ranks call it.  Raises
-    UserError if another number of processes wrote it.
-    """
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    if manifest["world_size"] != world.size:
-        raise UserError(
-            f"{checkpoint} was written by {manifest['world_size']} processes and cannot be read by {world.size}: start "
-            f"with --num_gpus {manifest['world_size']}, or choose another run_dir"
-        )
-    # Frozen weights are absent, which a strict load refuses.
-    found, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE, load_module_strict=False)
-    if found is None:
-        raise UserError(f"{checkpoint}: its files are incomplete; remove it to start from an older one or anew")
-    return int(manifest["step"])
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.finish()
+        finally:
+            # After an error other ranks may be gone: the file is finished, but nobody agrees on a manifest.
+            self._threads.shutdown(wait=True)
+
+    def restore(self, found: Found | None) -> int:
+        """Put engines and random numbers where the checkpoint left them; returns the number of steps done.
+
+        With another number of ranks, engines are the same up to rounding, and random numbers are drawn anew, by (seed, step,
+        rank).  Raises UserError for a checkpoint on another backbone, of other modules, or of steps of other sizes.
+        """
+        if found is None:
+            return 0
+        manifest = found.manifest
+        for name, here in (("backbone", self._belongs["backbone"]), ("rows_per_step", self._rows)):
+            if manifest[name] != here:
+                what = {
+                    "backbone": "frozen weights with hash {}, and those of the recipe's backbone have {}: restore the backbone",
+                    "rows_per_step": "steps of {} rows, and this start has {}: change the number of processes or --ds_config",
+                }[name].format(manifest[name], here)
+                raise UserError(f"{found.path} was made with {what}, or choose another run_dir")
+        if manifest["engines"].keys() != self._engines.keys():
+            raise UserError(f"{found.path} holds the engines {', '.join(manifest['engines'])}: choose another run_dir")
+        with Pieces(found.path, [record["name"] for record in manifest["files"]]) as stored:
+            for name, engine in self._engines.items():
+                restore(name, engine, manifest["engines"][name], stored)
+        step = int(manifest["step"])
+        rank = self._world.rank
+        if manifest["world_size"] == self._world.size:
+            with safe_open(found.path / rank_file(rank), framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(RANDOM)]  # noqa: SIM118 - not a mapping
+                set_random_state({name.removeprefix(RANDOM): file.get_tensor(name) for name in names})
+        else:
+            seed_everything(random.Random(f"{self._training.seed}/resumed/{step}/{rank}").getrandbits(32))
+        return step
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether :meth:`after_step` will save."""
+        every = self._training.save_every
+        return bool(every) and (last or step % every == 0)
+
+    def after_step(self, step: int, loss: Tensor, *, last: bool) -> None:
+        """Once per optimizer step: see how the save under way gets on, and start one where it is due.
+
+        ``loss``: this rank's, a scalar whose mean over ranks is the step's; the mean since the last save ranks checkpoints.
+        ``last``: no step follows, so the save is waited for.  Raises UserError when a rank could not write.
+        """
+        self._advance()
+        loss = loss.detach().double()
+        finite = torch.isfinite(loss)
+        self._loss += torch.stack([torch.where(finite, loss, 0.0), finite.double()])
+        if self.is_due(step, last=last):
+            self.save(step)
+            if last or not self._training.save_in_background:
+                self.finish()
+
+    def save(self, step: int) -> None:
+        """Start to save what is known after ``step``; waits for the save before, if that is not done."""
+        self.finish()
+        total, count = all_reduce_sum(self._loss).tolist()
+        self._loss.zero_()
+        tensors = {RANDOM + name: state for name, state in random_state().items()}
+        for name, engine in self._engines.items():
+            tensors |= pieces(name, engine)
+        self._snapshot.take(tensors)
+        self._saving = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": self._world.size,
+            "rows_per_step": self._rows,
+            "score": total / count if count else None,
+            "stream": self.position(step).to_dict(),
+            **self._belongs,
+            "engines": {name: engine_facts(engine) for name, engine in self._engines.items()},
+        }
+        path = unfinished(step_directory(self._directory, step)) / rank_file(self._world.rank)
+        self._job = self._threads.submit(self._snapshot.write, path)
+
+    def position(self, step: int) -> StreamState:
+        """Where the data stream stands after ``step`` steps."""
+        return StreamState.after(step, weights=self._tasks, seed=self._training.seed, rows=self._rows)
+
+    def finish(self) -> None:
+        """Wait until the save under way, if there is one, is whole; raises as :meth:`after_step`."""
+        while self._job is not None:
+            concurrent.futures.wait([self._job])
+            self._next_part()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this rank has nothing left to do for the save that was started last."""
+        return self._job is None or self._job.done()
+
+    def _advance(self) -> None:
+        if self._job is not None and all_true(self._job.done(), self._world.device):
+            self._next_part()
+
+    def _next_part(self) -> None:
+        """This rank's part of the save has ended: hear how the others' did, and go on to the manifest or to nothing."""
+        job, self._job = self._job, None
+        assert job is not None
+        error = job.exception()
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        outcome = f"{error.strerror or error}" if error is not None else job.result()
+        outcomes = [part[0] for part in all_gather([outcome])]
+        for rank, told in enumerate(outcomes):
+            if isinstance(told, str):
+                raise UserError(
+                    f"run_dir: rank {rank} could not write a checkpoint to {self._directory}: {told}; put that right and start "
+                    "the same command again, which goes on from the newest whole checkpoint"
+                )
+        if self._saving is None:
+            return
+        manifest = self._saving | {"files": [asdict(record) for record in outcomes if isinstance(record, FileRecord)]}
+        self._saving = None
+        if self._world.is_main:
+            final = step_directory(self._directory, manifest["step"])
+            keep = {"keep_last": self._training.keep_last, "keep_best": self._training.keep_best}
+            self._job = self._threads.submit(publish, final, manifest, **keep)
+        else:
+            self._job = Future()
+            self._job.set_result(None)

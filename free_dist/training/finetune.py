@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import itertools
 import random
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from free_dist.backbones import Backbone, Instruction
+from free_dist.backbones.checkpoint_hash import checkpoint_hash, has_safetensors
 from free_dist.config import Recipe
 from free_dist.data.order import StreamState
 from free_dist.data.pretrained import load_pretrained
@@ -29,14 +29,17 @@ from free_dist.data.quarantine import QUARANTINE
 from free_dist.data.samples import IGNORE, Batch, Sample, SampleEncoder
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
-from free_dist.distributed import StopFlag, World, all_equal, all_reduce_sum, all_true, seed_everything
+from free_dist.distributed import StopFlag, World, all_equal, all_gather, all_reduce_sum, all_true, seed_everything
 from free_dist.ds_config import precision
 from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_loading, trained_weights
 from free_dist.monitor import LOG, Monitor
-from free_dist.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from free_dist.training.checkpoint import Checkpoints, newest_sound
+from free_dist.training.run_directory import CHECKPOINTS, SAMPLES, forget_log_after
+from free_dist.training.runs import file_hash
+from free_dist.training.sample_log import SampleLog
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.stage1_result import save_backbone, save_trained
-from free_dist.training.stage1_run import ADAPTER, BACKBONE, CHECKPOINTS, forget_log_after
+from free_dist.training.stage1_run import ADAPTER, BACKBONE
 from free_dist.training.trained_parts import describe_parts, set_training_mode, train_parts
 from free_dist.training.trainer import Interrupted
 
@@ -116,10 +119,11 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
     ``section`` comes from :func:`~free_dist.training.stage1_run.engine_section`; ``tell`` receives lines for the person who
     waits.  Returns the Hugging Face directory of the result, complete on rank 0.  Raises Interrupted after SIGINT or SIGTERM
     to any rank, on all ranks, with a checkpoint written; FloatingPointError when the loss is not finite; UserError for a
-    checkpoint of other processes.
+    checkpoint that does not fit, or cannot be written.
     """
     run_dir, steps, settings = Path(recipe.run_dir), recipe.training.max_steps, recipe.finetune
     dtype = getattr(torch, precision(section))
+    found = newest_sound(run_dir / CHECKPOINTS, world, tell)
     backbone, encoder = load_pretrained(
         str(start),
         dtype=dtype,
@@ -134,23 +138,36 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
     tell(describe_parts(backbone.model))
     factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
     engine = build_single_engine(AnswerScores(backbone), section, factor)
-    done = 0
-    checkpoint = latest_checkpoint(run_dir / CHECKPOINTS)
-    if checkpoint is not None:
-        done = load_checkpoint(checkpoint, engine, world=world)
-        tell(f"goes on after step {done} of {steps}, from {checkpoint}")
+    rows = section["train_micro_batch_size_per_gpu"] * section.get("gradient_accumulation_steps", 1) * world.size
+    checkpoints = Checkpoints(
+        run_dir / CHECKPOINTS,
+        {"backbone": engine},
+        world=world,
+        training=recipe.training,
+        rows_per_step=rows,
+        tasks=recipe.data.tasks,
+        backbone=_weights_hash(start, world),
+        facts={"recipe": asdict(recipe), "ds_config": section},
+    )
+    done = checkpoints.restore(found)
+    if found is not None:
+        tell(f"goes on after step {done} of {steps}, from {found.path}")
     if world.is_main:
-        forget_log_after(run_dir / LOG, done)
-    batches = _remaining_steps(recipe, encoder, section, world, done)
+        for log in (LOG, SAMPLES):
+            forget_log_after(run_dir / log, done)
+    samples = SampleLog(run_dir / SAMPLES, world, enabled=recipe.training.log_samples)
+    batches = _remaining_steps(recipe, encoder, section, world, checkpoints.position(done))
     evaluated = _evaluated_samples(recipe, world) if settings.eval_every else {}
     set_training_mode(backbone.model)
     with (
         StopFlag(world.device) as stop,
-        Monitor(run_dir, total_steps=steps - done, description="stage 1", enabled=world.is_main) as monitor,
+        checkpoints,
+        Monitor(run_dir, total_steps=steps, description="stage 1", done=done, enabled=world.is_main) as monitor,
     ):
         tokens = torch.zeros((), dtype=torch.long, device=world.device)
         for step in range(done + 1, steps + 1):
             micro_batches = [batch.to(world.device) for batch in next(batches)]
+            samples.add(step, micro_batches)
             if settings.augment_images:
                 rng = _random(recipe, "augment", step, world)
                 micro_batches = [replace(b, pixel_values=augment_images(b.pixel_values, rng)) for b in micro_batches]
@@ -158,7 +175,8 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
             loss = _train_one_step(engine, micro_batches, step, dtype, world)
             tokens += torch.stack([_text_tokens(batch, encoder) for batch in micro_batches]).sum()
             monitor.advance(samples=sum(len(batch.keys) for batch in micro_batches) * world.size)
-            if step == 1 or step % recipe.training.log_every == 0 or step == steps:
+            measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
+            if measure:
                 values = _scalars(engine, loss, micro_batches[0].task)
                 monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
                 tokens.zero_()
@@ -166,8 +184,10 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
                 monitor.scalars(step, _evaluate(engine, encoder, evaluated, section, world), tokens=0)
                 set_training_mode(backbone.model)
             stopped = stop.agreed()
-            if stopped or step % settings.save_every == 0 or step == steps:
-                save_checkpoint(run_dir / CHECKPOINTS, engine, step=step, world=world)
+            last = stopped or step == steps
+            if measure or checkpoints.is_due(step, last=last):
+                samples.write()
+            checkpoints.after_step(step, loss, last=last)
             if stopped and step < steps:
                 raise Interrupted(f"stopped after step {step} of {steps}; the same command goes on from there")
     return _write_result(recipe, engine, start, world)
@@ -199,20 +219,19 @@ def _arguments(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _remaining_steps(
-    recipe: Recipe, encoder: SampleEncoder, section: dict[str, Any], world: World, done: int
+    recipe: Recipe, encoder: SampleEncoder, section: dict[str, Any], world: World, start: StreamState
 ) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of every optimizer step after ``done``, found by seeking: nothing is read again."""
+    """This rank's micro-batches of every optimizer step from ``start`` on, found by seeking: nothing is read again."""
     size, accumulation = section["train_micro_batch_size_per_gpu"], section.get("gradient_accumulation_steps", 1)
-    seed, weights = recipe.training.seed, recipe.data.tasks
     batches = training_batches(
         recipe.data,
         encoder,
-        seed=seed,
+        seed=recipe.training.seed,
         micro_batch_size=size,
         gradient_accumulation_steps=accumulation,
         rank=world.rank,
         world_size=world.size,
-        start=StreamState.after(done, weights=weights, seed=seed, rows=size * accumulation * world.size),
+        start=start,
         quarantine=Path(recipe.run_dir) / QUARANTINE,
         agreed=all_equal,
     )
@@ -270,6 +289,14 @@ def _random(recipe: Recipe, purpose: str, step: int, world: World) -> random.Ran
     return random.Random(f"{recipe.training.seed}/{purpose}/{step}/{world.rank}")
 
 
+def _weights_hash(start: Path, world: World) -> str:
+    """Which weights stage 1 starts from: rank 0 reads them once more and tells the others."""
+    known = ""
+    if world.is_main:
+        known = checkpoint_hash(start) if has_safetensors(start) else file_hash(start, "*.bin")
+    return all_gather([known])[0][0]
+
+
 def _write_result(recipe: Recipe, engine: DeepSpeedEngine, start: Path, world: World) -> Path:
     run_dir = Path(recipe.run_dir)
     weights = trained_weights(engine, keep=world.is_main)
@@ -282,5 +309,4 @@ def _write_result(recipe: Recipe, engine: DeepSpeedEngine, start: Path, world: W
             adapter=run_dir / ADAPTER if recipe.finetune.keep_adapter else None,
             allow_pickle=recipe.backbone.allow_pickle,
         )
-        shutil.rmtree(run_dir / CHECKPOINTS)
     return run_dir / BACKBONE

@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, made once: a finished run with the same settings and backbone is reused.
+"""Runs of stage 2 as directories, and in processes of their own, made once: a finished run with the same settings is reused.
 
 Knows launchers and run directories; does not train anything itself and imports no torch.
 """
@@ -15,15 +15,28 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from free_dist.config import Recipe, UserError
+from free_dist.ds_config import read_ds_config
 from free_dist.recipe_io import load_recipe, save_recipe
+from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE, check_same_run
 
 EXPORT = "export"
 """Directory of the trained exits, below the run directory."""
 
+BACKBONE_FILES = "backbone_files_sha256"
+"""Name, in manifests of exports and checkpoints, of the :func:`file_hash` of the backbone."""
+
 EXPORT_MANIFEST = "exits.json"
 """File in an export that is written last."""
+
+
+SETTINGS = ("backbone", "data", "exits", "loss", "training")
+"""Sections of a recipe that decide what stage 2 learns."""
+
+LEARNT = ("log.jsonl", CHECKPOINTS, EXPORT)
+"""What a run directory holds once something was learnt with the settings beside it."""
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser, *, ds_config: Path) -> None:
@@ -38,10 +51,23 @@ def add_launch_arguments(parser: argparse.ArgumentParser, *, ds_config: Path) ->
     parser.add_argument("--num_gpus", type=int, default=1, help="processes that train; default: %(default)s")
 
 
-def refuse_existing_run(run_dir: Path) -> None:
-    """Raise UserError if a run has been logged to ``run_dir``: runs are never overwritten."""
-    if (run_dir / "log.jsonl").exists():
-        raise UserError(f"run_dir={run_dir} already holds a run: choose another run_dir or remove it")
+def check_run(recipe: Recipe, ds_config: dict[str, dict[str, Any]]) -> None:
+    """Raise UserError unless ``run_dir`` is new or holds an unfinished run of stage 2 with these settings.
+
+    See :func:`~free_dist.training.run_directory.check_same_run`.
+    """
+    run_dir = Path(recipe.run_dir)
+    path = run_dir / DISTRIBUTION
+    former = read_ds_config(path) if path.is_file() else None
+    check_same_run(run_dir, recipe, (former, ds_config), sections=SETTINGS, learnt=LEARNT)
+    if exported_steps(run_dir) >= recipe.training.max_steps:
+        raise UserError(f"run_dir={run_dir} already holds a finished run: choose another run_dir or remove it")
+
+
+def exported_steps(run_dir: Path) -> int:
+    """Steps that the exits in a run's export were trained for; 0 without an export."""
+    manifest = run_dir / EXPORT / EXPORT_MANIFEST
+    return int(json.loads(manifest.read_text())["extra"].get("steps", 0)) if manifest.is_file() else 0
 
 
 def same_recipe(recipe: Recipe, path: Path) -> bool:
@@ -49,10 +75,10 @@ def same_recipe(recipe: Recipe, path: Path) -> bool:
     return path.is_file() and load_recipe(path) == recipe
 
 
-def file_hash(directory: Path) -> str:
-    """sha256 over the safetensors files of a checkpoint directory, in the order of their names."""
+def file_hash(directory: Path, pattern: str = "*.safetensors") -> str:
+    """sha256 over the weight files of a checkpoint directory, in the order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in sorted(directory.glob(pattern)):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -61,14 +87,29 @@ def file_hash(directory: Path) -> str:
 def is_finished(recipe: Recipe, *, ds_config: Path, backbone: Path) -> bool:
     """Whether the run directory holds a run to its last step with this recipe, distribution file and backbone."""
     run_dir = Path(recipe.run_dir)
-    manifest, distribution = run_dir / EXPORT / EXPORT_MANIFEST, run_dir / "ds_config.json"
-    if not (manifest.is_file() and distribution.is_file() and same_recipe(recipe, run_dir / "recipe.yaml")):
+    manifest, distribution = run_dir / EXPORT / EXPORT_MANIFEST, run_dir / DISTRIBUTION
+    if not (manifest.is_file() and distribution.is_file() and same_recipe(recipe, run_dir / RECIPE)):
         return False
     extra = json.loads(manifest.read_text())["extra"]
     return (
         extra.get("steps") == recipe.training.max_steps
         and distribution.read_bytes() == ds_config.read_bytes()
-        and extra.get("backbone_files_sha256") == file_hash(backbone)
+        and extra.get(BACKBONE_FILES) == file_hash(backbone)
+    )
+
+
+def goes_on(recipe: Recipe, *, ds_config: Path, backbone: Path) -> bool:
+    """Whether the run directory holds an unfinished run with this recipe and distribution file, saved on this backbone."""
+    run_dir = Path(recipe.run_dir)
+    distribution = run_dir / DISTRIBUTION
+    if not same_recipe(recipe, run_dir / RECIPE) or not distribution.is_file():
+        return False
+    saved = sorted((run_dir / CHECKPOINTS).glob("step-????????/manifest.json"))
+    return (
+        bool(saved)
+        and exported_steps(run_dir) < recipe.training.max_steps
+        and distribution.read_bytes() == ds_config.read_bytes()
+        and json.loads(saved[-1].read_text()).get(BACKBONE_FILES) == file_hash(backbone)
     )
 
 
@@ -77,14 +118,15 @@ def train_once(
 ) -> tuple[Path, bool]:
     """Train a recipe with the deepspeed launcher unless that was done before; returns (export directory, reused).
 
-    ``backbone`` is the directory behind the recipe's ``backbone.path``.  Removes what an interrupted run, or one with other
-    settings, left in ``recipe.run_dir``.  Raises UserError when the training process fails or is interrupted.
+    ``backbone`` is the directory behind the recipe's ``backbone.path``.  Goes on with an interrupted run; removes what a run
+    with other settings left in ``recipe.run_dir``.  Raises UserError when the training process fails or is interrupted.
     """
     run_dir = Path(recipe.run_dir)
     export = run_dir / EXPORT
     if is_finished(recipe, ds_config=ds_config, backbone=backbone):
         return export, True
-    shutil.rmtree(run_dir, ignore_errors=True)
+    if not goes_on(recipe, ds_config=ds_config, backbone=backbone):
+        shutil.rmtree(run_dir, ignore_errors=True)
     wanted = run_dir.parent / f"{run_dir.name}.yaml"
     wanted.parent.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, wanted)
@@ -109,8 +151,8 @@ def train_once(
     try:
         code = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # Ctrl-C reached the launcher and its ranks too: they export and end by themselves
-        raise UserError(f"interrupted while training in {run_dir}; start again to train it anew") from None
+        process.wait()  # Ctrl-C reached the launcher and its ranks too: they save and end by themselves
+        raise UserError(f"interrupted while training in {run_dir}; start again to go on") from None
     finally:
         wanted.unlink(missing_ok=True)
     if code or not is_finished(recipe, ds_config=ds_config, backbone=backbone):

@@ -22,7 +22,9 @@ from free_dist.exits import ExitBank
 from free_dist.losses import CHUNK, cross_entropy_loss, discriminator_loss, distillation_loss, generator_loss
 
 
-def adversarial_step(engines: Engines, batch: Batch, config: LossConfig, *, measure: bool = False) -> dict[str, Tensor]:
+def adversarial_step(
+    engines: Engines, batch: Batch, config: LossConfig, *, measure: bool = False, mean_tokens: Tensor | None = None
+) -> dict[str, Tensor]:
     """Train exits and discriminators on one micro-batch; the weights move at the accumulation boundary.
 
     Both players' gradients are taken at the same weights and both step afterwards, or neither does.  Returns detached
@@ -31,13 +33,14 @@ def adversarial_step(engines: Engines, batch: Batch, config: LossConfig, *, meas
     ``stepped`` (1 or 0) and ``grad_norm/exits``, ``grad_norm/discriminators``.
 
     A mean is taken over the answer tokens of the micro-batch on *all* ranks: every rank weights its own mean by its share
-    of the tokens, so the mean of a returned value over ranks (``all_reduce_mean``) is the global value.
+    of the tokens, so the mean of a returned value over ranks (``all_reduce_mean``) is the global value.  ``mean_tokens``: the
+    mean number of answer tokens over all micro-batches of the step and all ranks; with it the mean is over the whole step.
     """
     bank = engines.exits.module
     weights = exit_weights(bank.exit_layers, config.exit_weighting).to(engines.device)
     answers = batch.targets != IGNORE  # [B, T]
     targets = batch.targets[answers]  # [N]
-    share = token_share(answers)
+    share = token_share(answers, mean_tokens)
 
     with torch.no_grad():
         features = engines.backbone(**batch.inputs(), exit_layers=bank.exit_layers)
@@ -101,13 +104,13 @@ def exit_weights(exit_layers: Sequence[int], weighting: str) -> Tensor:
     raise ValueError(f"loss.exit_weighting={weighting!r}: want uniform or depth")
 
 
-def token_share(answers: Tensor) -> Tensor:
-    """This rank's number of answer tokens over the mean of all ranks'; scalar, 1 in one process.
+def token_share(answers: Tensor, mean_tokens: Tensor | None = None) -> Tensor:
+    """This rank's number of answer tokens over the mean of all ranks', or over ``mean_tokens``; scalar.
 
     With it the average over ranks of per-rank means is the mean over all tokens, whatever their distribution.
     """
     count = answers.sum().float()
-    return count / all_reduce_mean(count)
+    return count / (all_reduce_mean(count) if mean_tokens is None else mean_tokens)
 
 
 @torch.no_grad()

@@ -1,10 +1,13 @@
-"""Stage 2: the loop that trains exits on a frozen backbone — stream, step, log, export.
+"""Stage 2: the loop that trains exits on a frozen backbone — stream, step, log, checkpoint, export.
 
 Knows the order of things in a run; the step itself, the engines, the stream and the log are other modules' business.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,22 @@ from free_dist.data.shards import ShardError, shard_paths
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
 from free_dist.decoding.generate import generate
-from free_dist.distributed import StopFlag, World, all_equal, all_reduce_mean, all_reduce_sum, seed_everything
+from free_dist.distributed import (
+    StopFlag,
+    World,
+    all_equal,
+    all_gather,
+    all_reduce_mean,
+    all_reduce_sum,
+    seed_everything,
+)
 from free_dist.ds_config import (
     fits,
     gradient_accumulation_steps,
     micro_batch_size,
     needs_frozen_copy,
     precision,
+    rows_per_step,
     zero_stage,
 )
 from free_dist.engines import (
@@ -46,10 +58,13 @@ from free_dist.exits.export import save_exits
 from free_dist.exits.manifest import BackboneFacts, decoding_settings
 from free_dist.exits.transformer import check_exit_layers, init_block
 from free_dist.exits.variants import ExitVariant
-from free_dist.monitor import Monitor
-from free_dist.training.runs import EXPORT, file_hash, provenance
+from free_dist.monitor import LOG, Monitor
+from free_dist.training.accumulation import train_step
+from free_dist.training.checkpoint import Checkpoints, newest_sound
+from free_dist.training.run_directory import CHECKPOINTS, SAMPLES, forget_log_after
+from free_dist.training.runs import BACKBONE_FILES, EXPORT, file_hash, provenance
+from free_dist.training.sample_log import SampleLog
 from free_dist.training.schedule import warmup_cosine
-from free_dist.training.step import adversarial_step
 
 SHOWN_SAMPLES = 4
 """Samples per task whose generated text is logged."""
@@ -59,16 +74,24 @@ SAMPLED_SPLIT = "calibration"
 
 
 class Interrupted(Exception):
-    """The run was asked to stop before its last step; what it had learnt was exported."""
+    """The run was asked to stop before its last step; what it had learnt was saved."""
 
 
-def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) -> Path:
-    """Train the recipe's exits inside a running process group; returns the export directory, complete on rank 0.
+def train(
+    recipe: Recipe,
+    ds_config: dict[str, dict[str, Any]],
+    world: World,
+    tell: Callable[[str], None] = lambda _line: None,
+) -> Path:
+    """Train the recipe's exits inside a running process group, going on from ``run_dir``'s newest sound checkpoint.
 
-    Raises Interrupted after SIGINT or SIGTERM to any rank, on all ranks, with the exits as they were then exported.
+    ``tell`` receives lines for the person who waits.  Returns the export directory, complete on rank 0.  Raises Interrupted
+    after SIGINT or SIGTERM to any rank, on all ranks, with a checkpoint written and the exits as they were then exported;
+    UserError for a checkpoint that does not fit, or cannot be written.
     """
     run_dir = Path(recipe.run_dir)
     _check_samples(recipe)
+    found = newest_sound(run_dir / CHECKPOINTS, world, tell)
     seed_everything(recipe.training.seed)
     directory = resolve_backbone(recipe.backbone.path)
     options: dict[str, Any] = {
@@ -122,7 +145,25 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
     engines = build_engines(backbone, bank, classifiers, ds_config, factor)
     engines.exits.train()  # the blocks were copied from a model in evaluation mode
-    accumulation = gradient_accumulation_steps(ds_config)
+    accumulation, rows = gradient_accumulation_steps(ds_config), rows_per_step(ds_config, world.size)
+    trained = {"exits": engines.exits, "discriminators": engines.discriminators}
+    checkpoints = Checkpoints(
+        run_dir / CHECKPOINTS,
+        {name: engine for name, engine in trained.items() if engine is not None},
+        world=world,
+        training=recipe.training,
+        rows_per_step=rows,
+        tasks=recipe.data.tasks,
+        backbone=all_gather([None if facts is None else facts.hash])[0][0] or "",
+        facts={"recipe": asdict(recipe), "ds_config": ds_config, BACKBONE_FILES: files_sha256},
+    )
+    done = checkpoints.restore(found)
+    if found is not None:
+        tell(f"goes on after step {done} of {steps}, from {found.path}")
+    if world.is_main:
+        for log in (LOG, SAMPLES):
+            forget_log_after(run_dir / log, done)
+    samples = SampleLog(run_dir / SAMPLES, world, enabled=recipe.training.log_samples)
     batches = training_batches(
         recipe.data,
         encoder,
@@ -131,24 +172,27 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
         gradient_accumulation_steps=accumulation,
         rank=world.rank,
         world_size=world.size,
+        start=checkpoints.position(done),
         quarantine=run_dir / QUARANTINE,
         agreed=all_equal,
     )
     stopped = False
     with (
         StopFlag(world.device) as stop,
-        Monitor(run_dir, total_steps=steps, description="training exits", enabled=world.is_main) as monitor,
+        checkpoints,
+        Monitor(run_dir, total_steps=steps, description="training exits", done=done, enabled=world.is_main) as monitor,
     ):
         tokens = torch.zeros((), dtype=torch.long, device=world.device)
-        for step in range(1, steps + 1):
+        step = done
+        for step in range(done + 1, steps + 1):
             measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
-            for _ in range(accumulation):
-                batch = next(batches).to(world.device)
-                report = adversarial_step(engines, batch, recipe.loss, measure=measure)
-                tokens += _text_tokens(batch, encoder)
-            monitor.advance(samples=micro_batch_size(ds_config) * accumulation * world.size)
+            micro_batches = list(itertools.islice(batches, accumulation))
+            samples.add(step, micro_batches)
+            report = train_step(engines, micro_batches, recipe.loss, measure=measure)
+            tokens += sum(_text_tokens(batch, encoder) for batch in micro_batches)
+            monitor.advance(samples=rows)
             if measure:
-                values = _scalars(report, bank.exit_layers, engines, batch.task)
+                values = _scalars(report, bank.exit_layers, engines, micro_batches[0].task)
                 monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
                 tokens.zero_()
             if recipe.training.sample_every and step % recipe.training.sample_every == 0:
@@ -156,6 +200,10 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
                     if decoder is not None:
                         _log_samples(monitor, step, decoder, bank, encoder, recipe)
             stopped = stop.agreed()
+            last = stopped or step == steps
+            if measure or checkpoints.is_due(step, last=last):
+                samples.write()
+            checkpoints.after_step(step, report["task_loss"].mean(), last=last)
             if stopped:
                 break
     export = run_dir / EXPORT
@@ -172,7 +220,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
                 git_commit=versions.pop("git_commit"),
                 extra={
                     "backbone": recipe.backbone.path,
-                    "backbone_files_sha256": files_sha256,
+                    BACKBONE_FILES: files_sha256,
                     "steps": step,
                     "data": {
                         "set": Path(recipe.data.root).name,
@@ -182,8 +230,9 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
                     **versions,
                 },
             )
-    if stopped:
-        raise Interrupted(f"stopped after step {step} of {steps}; exits exported to {export}")
+    if stopped and step < steps:
+        goes_on = "; the same command goes on from there" if recipe.training.save_every else ""
+        raise Interrupted(f"stopped after step {step} of {steps}; exits exported to {export}{goes_on}")
     return export
 
 

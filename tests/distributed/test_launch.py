@@ -143,7 +143,7 @@ def test_a_run_directory_is_never_overwritten(runs, workplace: Path, tiny_root: 
     command = [sys.executable, "launch/train.py", "--ds_config", workplace / "cpu1.json"]
     finished = launch([*command, *overrides(workplace, tiny_root, "python")])
     assert finished.returncode == 2
-    assert "already holds a run" in finished.stderr
+    assert "already holds a finished run" in finished.stderr
     assert "Traceback" not in finished.stderr
 
 
@@ -173,7 +173,7 @@ def test_sample_texts_without_their_split_are_refused_before_anything_is_loaded(
         train(recipe, {}, world)
 
 
-def test_ctrl_c_exports_what_was_learnt_and_leaves_no_orphan(workplace: Path, tiny_root: Path) -> None:
+def test_ctrl_c_saves_and_exports_what_was_learnt_and_leaves_no_orphan(workplace: Path, tiny_root: Path) -> None:
     changes = overrides(
         workplace, tiny_root, "interrupted", training__max_steps=100_000, training__warmup_steps=1,
         training__sample_every=0,
@@ -207,6 +207,8 @@ def test_ctrl_c_exports_what_was_learnt_and_leaves_no_orphan(workplace: Path, ti
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
     assert read_exits_manifest(workplace / "interrupted" / "export").exit_layers == (1, 3)
+    steps = read_exits_manifest(workplace / "interrupted" / "export").extra["steps"]
+    assert (workplace / "interrupted" / "checkpoints" / "latest").read_text() == f"step-{steps:08d}\n"
 
 
 def _is_running(pid: int) -> bool:

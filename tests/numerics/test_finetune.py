@@ -21,12 +21,12 @@ from free_dist.data.samples import IGNORE, Batch, SampleEncoder
 from free_dist.data.stream import records, training_batches
 from free_dist.ds_config import read_ds_config
 from free_dist.recipe_io import load_recipe
-from free_dist.training.checkpoint import latest_checkpoint
 from free_dist.training.finetune import answer_loss, augment_images, save_backbone
 from free_dist.training.lora import target_pattern
+from free_dist.training.run_directory import forget_log_after
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.stage1_result import save_trained
-from free_dist.training.stage1_run import engine_section, forget_log_after
+from free_dist.training.stage1_run import engine_section
 from free_dist.training.stage1_start import make_start, start_directory
 from free_dist.training.trained_parts import describe_parts, train_parts
 from free_dist.training.vision import distinctive_answers, pretrain_vision
@@ -185,7 +185,6 @@ def test_exactly_the_named_parts_require_gradients_and_run_in_training_mode(make
         ("finetune.keep_adapter=true", "has no 'lora'"),
         ("finetune.lora_rank=0", "finetune.lora_rank"),
         ("finetune.lora_dropout=1", "finetune.lora_dropout"),
-        ("finetune.save_every=0", "finetune.save_every"),
     ],
 )
 def test_settings_that_cannot_be_run_are_told_by_field(override: str, complaint: str) -> None:
@@ -280,20 +279,6 @@ def test_schedule_warms_up_linearly_and_ends_at_zero() -> None:
     assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     values = [factor(step) for step in range(4, 21)]
     assert values == sorted(values, reverse=True) and abs(values[-1]) < 1e-12
-
-
-def test_only_a_renamed_directory_with_a_manifest_is_a_checkpoint(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "none") is None
-    for name, whole in (
-        ("step-00000002", True),
-        ("step-00000010", True),
-        ("step-00000030", False),
-        ("step-00000020.tmp", True),
-    ):
-        (tmp_path / name).mkdir()
-        if whole:
-            (tmp_path / name / "manifest.json").write_text("{}")
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-00000010"
 
 
 def test_the_log_of_a_killed_run_keeps_whole_lines_of_steps_that_are_not_repeated(tmp_path: Path) -> None:
