@@ -24,6 +24,8 @@ ADAPTER = "adapter"
 CHECKPOINTS = "checkpoints"
 MADE = "start"
 """Directory of a backbone that had to be made before stage 1 could start from it."""
+EVALUATION = "calibration_"
+"""How the names of evaluated numbers begin in the log."""
 LEARNT = ("log.jsonl", CHECKPOINTS, MADE)
 """What a run directory holds once something was learnt with the settings beside it."""
 
@@ -114,6 +116,15 @@ def forget_log_after(log: Path, step: int) -> None:
     whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in whole if json.loads(line)["step"] <= step]
     write_atomically(log, "".join(kept).encode())
+
+
+def is_evaluated(log: Path, step: int) -> bool:
+    """Whether the log has the evaluation after ``step``."""
+    if not log.is_file():
+        return False
+    whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    entries = (json.loads(line) for line in whole)
+    return any(entry["step"] == step and any(key.startswith(EVALUATION) for key in entry) for entry in entries)
 
 
 def _differences(there: Recipe, here: Recipe) -> list[str]:

@@ -23,7 +23,15 @@ from free_dist.data.shards import ShardError, shard_paths
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
 from free_dist.decoding.generate import generate
-from free_dist.distributed import StopFlag, World, all_equal, all_reduce_mean, all_reduce_sum, seed_everything
+from free_dist.distributed import (
+    Interrupted,
+    StopFlag,
+    World,
+    all_equal,
+    all_reduce_mean,
+    all_reduce_sum,
+    seed_everything,
+)
 from free_dist.ds_config import (
     fits,
     gradient_accumulation_steps,
@@ -58,14 +66,10 @@ SAMPLED_SPLIT = "calibration"
 """Split they are taken from."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop before its last step; what it had learnt was exported."""
-
-
 def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) -> Path:
     """Train the recipe's exits inside a running process group; returns the export directory, complete on rank 0.
 
-    Raises Interrupted after SIGINT or SIGTERM to any rank, on all ranks, with the exits as they were then exported.
+    Raises Interrupted after SIGINT, SIGTERM or SIGUSR1 to any rank, on all ranks, with the exits as they were then exported.
     """
     run_dir = Path(recipe.run_dir)
     _check_samples(recipe)
