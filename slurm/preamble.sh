@@ -6,7 +6,7 @@
 #
 # From the environment at sbatch:
 #   PYTHON          interpreter; default .venv/bin/python
-#   LOG_DIR         one file per task, NAME-JOB-TASK.log, appended to by restarts; default logs
+#   LOG_DIR         one file per task, NAME-JOB-TASK.log, appended to by restarts, and srun's own; default logs
 #   MAX_RESTARTS    restarts of a job after which it fails instead of starting again; default 50
 #   REQUEUE_CODES   default "85 137": the launcher saved because it was asked to stop; a task was killed
 #   MASTER_PORT     where rank 0 waits; default: a function of the job's number (free_dist/launchers.py)
@@ -51,6 +51,17 @@ own_id() {
   fi
 }
 
+# What srun reported first in file $1: one task that fails makes it end the others, whose codes then say less; $2 is srun's own code.
+first_code() {
+  local told
+  told=$(grep -m 1 -oE 'tasks? [0-9,-]+: (Killed|Exited with exit code [0-9]+)' "$1" || true)
+  case $told in
+    *Killed) echo 137 ;;
+    *code*) echo "${told##* }" ;;
+    *) echo "$2" ;;
+  esac
+}
+
 requeue_or_fail() {
   local code=$1 restarts=${SLURM_RESTART_COUNT:-0} state
   if ((restarts >= MAX_RESTARTS)); then
@@ -70,12 +81,13 @@ requeue_or_fail() {
 }
 
 start() {
-  local script=$1 step code interrupted hosts
+  local script=$1 step code interrupted hosts logs
   shift
   choose_from_sweep "$@"
   : "${PYTHON:=.venv/bin/python}" "${LOG_DIR:=logs}" "${MAX_RESTARTS:=50}" "${REQUEUE_CODES=85 137}"
   [[ -x $(command -v "$PYTHON") ]] || fail "PYTHON=$PYTHON: no such program; run \`make quickstart\`, or export PYTHON"
   mkdir -p "$LOG_DIR"
+  logs=$LOG_DIR/$SLURM_JOB_NAME-$(own_id)
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR=${hosts[0]} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   # srun takes this from no directive of the batch script.
@@ -83,14 +95,16 @@ start() {
   echo "$SLURM_JOB_NAME: job $(own_id), restart ${SLURM_RESTART_COUNT:-0}, ${#hosts[@]} nodes: $script ${ARGUMENTS[*]}"
   # Tasks get the signals of the scheduler themselves; this script has to outlive them.
   trap 'interrupted=yes' TERM USR1
-  srun --kill-on-bad-exit=1 --open-mode=append --output="$LOG_DIR/$SLURM_JOB_NAME-$(own_id)-%t.log" \
-    "$PYTHON" "$script" "${ARGUMENTS[@]}" &
+  srun --kill-on-bad-exit=1 --open-mode=append --output="$logs-%t.log" \
+    "$PYTHON" "$script" "${ARGUMENTS[@]}" 2>"$logs-srun.log" &
   step=$!
   while :; do
     interrupted="" code=0
     wait "$step" || code=$?
     [[ $interrupted ]] || break
   done
+  cat "$logs-srun.log" >&2
+  code=$(first_code "$logs-srun.log" "$code")
   case " $REQUEUE_CODES " in *" $code "*) requeue_or_fail "$code" ;; esac
   exit "$code"
 }

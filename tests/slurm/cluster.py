@@ -163,7 +163,9 @@ class Cluster:
         self._wait((self.root / "up").exists)
         for name in self.names:
             self.boot(name)
-        self._wait(lambda: self.run("sinfo", "-hNp", "main", "-o", "%T", check=False).split() == ["idle"] * len(self.names))
+        self._wait(
+            lambda: self.run("sinfo", "-hNp", "main", "-o", "%T", check=False).split() == ["idle"] * len(self.names)
+        )
 
     def _begin(self, name: str, script: str) -> None:
         own = f"hostname {name}; mount --bind {self.root}/hosts /etc/hosts; ip link set lo up; "

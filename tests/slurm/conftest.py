@@ -22,7 +22,7 @@ from jobs import Run, losses  # noqa: E402
 from free_dist.config import DataConfig, Recipe  # noqa: E402
 from free_dist.recipe_io import save_recipe  # noqa: E402
 
-STEPS = 120
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def prepare(workplace: Path, tiny_data: DataConfig) -> Callable[[str], Run]:
 
     def prepared(name: str) -> Run:
         recipe = scene.recipe(
-            tiny_data, workplace / name, workplace / "start", steps=STEPS, train=["projection", "lora"], save_every=30,
-            eval_every=50,
+            tiny_data, workplace / name, workplace / "start", steps=STEPS, train=["projection", "lora"], save_every=20,
+            eval_every=30,
         )  # fmt: skip
         return written(recipe, workplace / f"{name}.yaml")
 

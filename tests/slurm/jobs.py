@@ -71,7 +71,9 @@ class Job:
 
     def told(self) -> str:
         """The logs of the batch script and of the tasks."""
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in sorted(self.logs.glob("*.log")))
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')}" for path in sorted(self.logs.glob("*.log"))
+        )
 
     def tasks(self, run: Run) -> dict[int, int]:
         """Rank -> process, as this machine numbers it, of the training processes of a run."""
