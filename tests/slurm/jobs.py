@@ -17,7 +17,7 @@ from cluster import Cluster, kill
 from free_dist.config import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 200
+DEADLINE = 400
 """Seconds that a test waits for anything."""
 
 

@@ -87,3 +87,9 @@ def test_a_wrong_sweep_is_told_in_one_line(arguments: list[str], element: int | 
     found = chosen("--sweep", *arguments, element=element)
     assert found.returncode == 2 and found.stderr.startswith("job: error: ") and found.stderr.count("\n") == 1
     assert complaint in found.stderr
+
+
+def test_deepspeed_reads_the_hostfile_example() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    assert fetch_hostfile(str(ROOT / "slurm" / "hostfile.example")) == {"node1": 8, "node2": 8}
