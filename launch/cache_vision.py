@@ -6,20 +6,23 @@
     python launch/cache_vision.py --config RECIPE --part 1/4                # one of four processes; then once without --part
 
 Reads backbone.path, data.root and data.visual_cache of the recipe.  An interrupted cache goes on where it stopped, and images
-that were added to data.root later are added to it.
+that were added to data.root later are added to it.  After SIGTERM or SIGUSR1 it writes what it has and ends with code 85.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from free_dist.config import ConfigError, Recipe, UserError
 from free_dist.recipe_io import add_device_argument, add_recipe_arguments, fail_clearly, load_recipe, positive_integer
+from free_dist.stopping import Interrupted, StopSignals, stop_clearly
 
 if TYPE_CHECKING:
     from free_dist.backbones import Blip2Backbone
@@ -54,11 +57,12 @@ def main() -> None:
         if arguments.check:
             check(Path(recipe.data.visual_cache))
         else:
-            fill(recipe, arguments)
+            with stop_clearly() as stop:
+                fill(recipe, arguments, stop)
 
 
-def fill(recipe: Recipe, arguments: argparse.Namespace) -> None:
-    """Say what the cache saves and takes, then write it and say what it holds."""
+def fill(recipe: Recipe, arguments: argparse.Namespace, stop: StopSignals) -> None:
+    """Say what the cache saves and takes, then write it and say what it holds; raises Interrupted when asked to stop."""
     part = parse_part(arguments.part)
     from tqdm import tqdm
 
@@ -86,7 +90,16 @@ def fill(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if maker.known:
         print(f"{directory} holds {len(maker.known):,} images already")
     encoded = (record.image for split in manifests for record in records(recipe.data, split))
-    maker.add(encoded, part=part, progress=lambda batches: tqdm(batches, desc="vision", unit="batch", mininterval=0.5))
+
+    def progress(batches: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
+        # Ended early, it makes the maker write what it has.
+        yield from itertools.takewhile(
+            lambda _: not stop.asked, tqdm(batches, desc="vision", unit="batch", mininterval=0.5)
+        )  # fmt: skip
+
+    maker.add(encoded, part=part, progress=progress)
+    if stop.asked:
+        raise Interrupted(f"stopped: {directory} keeps {len(maker.known):,} images; the same command goes on")
     if part != (0, 1):
         print(f"part {arguments.part} is done; when all are, run this once without --part")
         return

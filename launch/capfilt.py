@@ -7,7 +7,8 @@
 Captioner and filter are Hugging Face directories of BlipForConditionalGeneration and BlipForImageTextRetrieval; or, in the
 environment of salesforce-lavis, lavis:blip_caption/base_coco and lavis:blip_image_text_matching/base. What is written is an
 ordinary data set: train on it with data.root=data/coco_capfilt, mixed by data.synthetic_share. The same command goes on after a
-kill, shard by shard, with any number of processes.
+kill, shard by shard, with any number of processes; SIGTERM or SIGUSR1 to any of them stops all before their next batch, with
+code 85.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from free_dist.config import MissingFileError, UserError
+from free_dist.launchers import is_launched
 from free_dist.recipe_io import fail_clearly, positive_integer
+from free_dist.stopping import Interrupted, stop_clearly
 
 if TYPE_CHECKING:
     from free_dist.data.capfilt import CapFiltSettings, Counts
     from free_dist.data.capfilt_shards import CapFilt
+    from free_dist.distributed import StopFlag
 
 
 def main() -> None:
@@ -54,7 +58,7 @@ def main() -> None:
     parser.add_argument("--device", help="where the models run (default: cpu; under a launcher, each process's own)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     arguments = parser.parse_args()
-    with fail_clearly(parser):
+    with fail_clearly(parser), stop_clearly():
         run(arguments)
 
 
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     for split in arguments.splits:
         read_manifest(source, split)
     others = sorted(path.parent.name for path in source.glob(f"*/{MANIFEST}"))
-    with processes(arguments.device) as (rank, world_size, device, barrier):
+    with processes(arguments.device) as (rank, world_size, device, barrier, stop):
         capfilt = load(arguments, settings, device)
         for split in arguments.splits:
             counts = finished(source, out, split, capfilt)
@@ -84,8 +88,10 @@ def run(arguments: argparse.Namespace) -> None:
                 run_rank(
                     source, out, split, capfilt,
                     batch_size=arguments.batch_size, rank=rank, world_size=world_size, remaining=remaining,
+                    must_stop=stop.agreed,
                 )  # fmt: skip
-                barrier()
+                if stop.agreed_while_others_work():
+                    raise Interrupted(f"stopped while captioning {split}: the same command goes on, shard by shard")
                 counts = finish(source, out, split, capfilt) if rank == 0 else None
             if counts is not None and rank == 0:
                 print(f"{out / split}: {told(counts, settings)}", flush=True)
@@ -96,19 +102,23 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def processes(device: str | None) -> Iterator[tuple[int, int, str, Callable[[], None]]]:
-    """Rank, number of processes, device, and a barrier; of one process without a launcher, which then needs no DeepSpeed."""
-    if "RANK" not in os.environ:
-        yield 0, 1, device or "cpu", lambda: None
-        return
+def processes(device: str | None) -> Iterator[tuple[int, int, str, Callable[[], None], StopFlag]]:
+    """Rank, number of processes, device, a barrier and what all read to stop; of one process without a launcher, which then
+    needs no DeepSpeed."""
     import torch
 
+    from free_dist.distributed import StopFlag
+
+    if not is_launched(os.environ):
+        with StopFlag() as stop:
+            yield 0, 1, device or "cpu", lambda: None, stop
+        return
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from free_dist.distributed import distributed_session
 
-    with distributed_session() as world:
-        yield world.rank, world.size, device or str(world.device), torch.distributed.barrier
+    with distributed_session() as world, StopFlag(world.device) as stop:
+        yield world.rank, world.size, device or str(world.device), torch.distributed.barrier, stop
 
 
 def load(arguments: argparse.Namespace, settings: CapFiltSettings, device: str) -> CapFilt:

@@ -3,8 +3,9 @@
 
 Without --exits it measures the backbone alone.
 
-Starts as plain `python` (one process, no DeepSpeed needed) or under `deepspeed` or `torchrun`, where samples are shared
-out. The number of threads is torch's own choice; OMP_NUM_THREADS sets it.
+Starts as plain `python` (one process, no DeepSpeed needed) or under `deepspeed`, `torchrun`, `srun` or `mpirun`, where samples
+are shared out. A signal ends it at once, with code 85 after SIGTERM or SIGUSR1 and 130 after Ctrl-C; it keeps nothing.
+One process takes as many threads as torch likes; OMP_NUM_THREADS sets it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from free_dist.config import Recipe
+from free_dist.launchers import is_launched
 from free_dist.recipe_io import add_device_arguments, add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.stopping import stop_clearly
 
 if TYPE_CHECKING:
     from free_dist.evaluation.report import ReportPaths
@@ -33,9 +36,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     given = {"exits": arguments.exits, "exits_ce": arguments.exits_ce}
     directories = {method: path for method, path in given.items() if path is not None}
-    with fail_clearly(parser):
+    with fail_clearly(parser), stop_clearly(at_once=True):
         recipe = load_recipe(arguments.config, arguments.overrides)
-        if "RANK" not in os.environ:
+        if not is_launched(os.environ):
             paths = run(recipe, directories, device=arguments.device, dtype=arguments.dtype)
             if paths is not None:
                 show(paths)

@@ -3,11 +3,13 @@
 
     deepspeed --num_gpus 2 launch/finetune.py --ds_config FILE --config RECIPE
     torchrun --nproc_per_node 2 launch/finetune.py --ds_config FILE --config RECIPE
+    srun --ntasks 2 python launch/finetune.py --ds_config FILE --config RECIPE
+    mpirun -n 2 python launch/finetune.py --ds_config FILE --config RECIPE
     python launch/finetune.py --config RECIPE
 
 The one engine takes batch size, precision, ZeRO stage and gradient clipping from the section exits of --ds_config (a file
 without sections is that section); learning rate and weight decay are the recipe's.  Without --ds_config: float32, ZeRO 1,
-finetune.batch_size rows per step.
+finetune.batch_size rows per step.  After SIGTERM or SIGUSR1 to any process all save and end with code 85, after Ctrl-C with 130.
 """
 
 from __future__ import annotations
@@ -22,10 +24,9 @@ from free_dist.config import DataConfig, Recipe
 from free_dist.ds_config import read_ds_config, with_rows_per_step
 from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.stopping import stop_clearly
 from free_dist.training.run_directory import CHECKPOINTS
 from free_dist.training.stage1_run import check_run, engine_section, write_run
-
-EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -34,14 +35,14 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by some launchers
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
-    with fail_clearly(parser):
+    with fail_clearly(parser), stop_clearly():
         recipe = load_recipe(arguments.config, arguments.overrides)
         ds_config = None if arguments.ds_config is None else read_ds_config(arguments.ds_config)
-        raise SystemExit(run(recipe, ds_config))
+        run(recipe, ds_config)
 
 
-def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> int:
-    """Train as the recipe says, or go on with it; returns the exit code."""
+def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> None:
+    """Train as the recipe says, or go on with it; raises Interrupted on all ranks when one was asked to stop."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -52,7 +53,6 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> int:
     from free_dist.training.checkpoint_files import saved_rows_per_step
     from free_dist.training.finetune import finetune
     from free_dist.training.stage1_start import make_start, start_directory
-    from free_dist.training.trainer import Interrupted
 
     disable_progress_bar()
     with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
@@ -76,15 +76,9 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> int:
             make_start(recipe)
         torch.distributed.barrier()  # the other ranks read what rank 0 has just made
         tell = functools.partial(print, flush=True) if world.is_main else lambda _line: None
-        try:
-            result = finetune(recipe, section, start_directory(recipe), world, tell)
-        except Interrupted as stop:
-            if world.is_main:
-                print(f"\n{stop}")
-            return EXIT_INTERRUPTED
+        result = finetune(recipe, section, start_directory(recipe), world, tell)
         if world.is_main:
             print(f"saved: {result}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,9 +4,12 @@
     deepspeed launch/train.py --ds_config ds_configs/cpu.json
     deepspeed --num_gpus 2 launch/train.py --ds_config ds_configs/cpu.json training.max_steps=100
     torchrun --nproc_per_node 2 launch/train.py --ds_config ds_configs/cpu.json
+    srun --ntasks 2 python launch/train.py --ds_config ds_configs/cpu.json
+    mpirun -n 2 python launch/train.py --ds_config ds_configs/cpu.json
     python launch/train.py --ds_config ds_configs/cpu.json
 
 Without a GPU the deepspeed launcher starts one process unless --num_gpus names another number.
+After SIGTERM or SIGUSR1 to any process all end together with code 85, after Ctrl-C with 130.
 """
 
 from __future__ import annotations
@@ -21,10 +24,9 @@ from free_dist.config import DataConfig, Recipe
 from free_dist.ds_config import read_ds_config, rows_per_step, with_rows_per_step
 from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
+from free_dist.stopping import stop_clearly
 from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE
 from free_dist.training.runs import check_run
-
-EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -39,14 +41,14 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # passed by some launchers
     add_recipe_arguments(parser)
     arguments = parser.parse_intermixed_args()
-    with fail_clearly(parser):
+    with fail_clearly(parser), stop_clearly():
         recipe = load_recipe(arguments.config, arguments.overrides)
         ds_config = read_ds_config(arguments.ds_config)
-        raise SystemExit(run(recipe, ds_config, Path(arguments.ds_config)))
+        run(recipe, ds_config, Path(arguments.ds_config))
 
 
-def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Path) -> int:
-    """Train as the recipe says, or go on with it; returns the exit code."""
+def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Path) -> None:
+    """Train as the recipe says, or go on with it; raises Interrupted on all ranks when one was asked to stop."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -56,7 +58,7 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
     from free_dist.data import easyvqa
     from free_dist.distributed import distributed_session
     from free_dist.training.checkpoint_files import saved_rows_per_step
-    from free_dist.training.trainer import Interrupted, train
+    from free_dist.training.trainer import train
 
     disable_progress_bar()
     run_dir = Path(recipe.run_dir)
@@ -77,15 +79,9 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
             write_atomically(run_dir / DISTRIBUTION, ds_config_path.read_bytes())
         torch.distributed.barrier()  # the other ranks read the data that rank 0 has just prepared
         tell = functools.partial(print, flush=True) if world.is_main else lambda _line: None
-        try:
-            export = train(recipe, ds_config, world, tell)
-        except Interrupted as stop:
-            if world.is_main:
-                print(f"\n{stop}")
-            return EXIT_INTERRUPTED
+        export = train(recipe, ds_config, world, tell)
         if world.is_main:
             print(f"exits in {export}, curves for TensorBoard in {run_dir}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 FLOORS = (
-    {"atomic", "config", "distributed", "ds_config", "hashing", "recipe_checks", "recipe_io"},
+    {"atomic", "config", "distributed", "ds_config", "hashing", "launchers", "recipe_checks", "recipe_io", "stopping"},
     {"backbones"},
     {"exits", "losses"},
     {"engines", "decoding", "data", "monitor"},
@@ -34,7 +34,7 @@ MAY_IMPORT_DEEPSPEED = {
 KEPT_FROM_DISTRIBUTION = {"backbones", "exits", "decoding", "data"}
 """Rooms that run in any process: no torch.distributed, not even through a module of ours."""
 
-NEEDED_BEFORE_TORCH = {"atomic", "config", "ds_config", "recipe_checks", "recipe_io"}
+NEEDED_BEFORE_TORCH = {"atomic", "config", "ds_config", "launchers", "recipe_checks", "recipe_io", "stopping"}
 """Rooms that report a user's mistake before torch is imported."""
 
 MAX_LINES = 400

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from free_dist.data.shards import (
     write_shard,
 )
 from free_dist.data.split_index import SplitIndex, usable_records
+from free_dist.stopping import Interrupted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,17 @@ class CapFilt:
         """What two runs must have in common to share shards."""
         return {"captioner": self.captioner.name, "filter": self.matcher.name, "settings": asdict(self.settings)}
 
-    def improve(self, records: Iterable[Record], batch_size: int, counts: list[Counts]) -> Iterator[Record]:
-        """:func:`~free_dist.data.capfilt.bootstrap` in batches; their counts are appended to ``counts``."""
+    def improve(
+        self, records: Iterable[Record], batch_size: int, counts: list[Counts], must_stop: Callable[[], bool]
+    ) -> Iterator[Record]:
+        """:func:`~free_dist.data.capfilt.bootstrap` in batches; their counts are appended to ``counts``.
+
+        Raises Interrupted before the first batch that ``must_stop`` forbids.
+        """
         waiting = iter(records)
         while batch := list(islice(waiting, batch_size)):
+            if must_stop():
+                raise Interrupted("stopped: the same command goes on with the shards that are not whole")
             result, found = bootstrap(batch, self.captioner, self.matcher, self.settings)
             counts.append(found)
             yield from result
@@ -78,11 +86,13 @@ def run_rank(
     rank: int = 0,
     world_size: int = 1,
     remaining: Sequence[int] | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Do this rank's part of the shards of a split that are not done.
 
-    ``remaining``: which these are, the same on all ranks; None: what :func:`unfinished` says, for one process.  Raises UserError
-    if an earlier run had other settings or models, and what reading shards raises.
+    ``remaining``: which these are, the same on all ranks; None: what :func:`unfinished` says, for one process.  ``must_stop`` is
+    asked before every batch; then Interrupted is raised, and only the shard in hand is lost.  Raises UserError if an earlier
+    run had other settings or models, and what reading shards raises.
     """
     index = SplitIndex.open(DataConfig(root=str(source)), split, quarantine=out / QUARANTINE, first=rank / world_size)
     work = _work(out, split)
@@ -92,7 +102,7 @@ def run_rank(
         name, counts = _name(number), list[Counts]()
         given = usable_records(index, np.flatnonzero(index.shard_of == number))
         bar = tqdm(given, desc=f"captioning {split}/{name}", total=shard.samples, unit="image", mininterval=0.5)
-        made = write_shard(work, f"{name}.tar", capfilt.improve(bar, batch_size, counts))
+        made = write_shard(work, f"{name}.tar", capfilt.improve(bar, batch_size, counts, must_stop))
         done = {
             **capfilt.fingerprint(),
             "source": shard.sha256,

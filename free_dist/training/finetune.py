@@ -29,19 +29,27 @@ from free_dist.data.quarantine import QUARANTINE
 from free_dist.data.samples import IGNORE, Batch, Sample, SampleEncoder
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
-from free_dist.distributed import StopFlag, World, all_equal, all_gather, all_reduce_sum, all_true, seed_everything
+from free_dist.distributed import (
+    Interrupted,
+    StopFlag,
+    World,
+    all_equal,
+    all_gather,
+    all_reduce_sum,
+    all_true,
+    seed_everything,
+)
 from free_dist.ds_config import precision
 from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_loading, trained_weights
 from free_dist.monitor import LOG, Monitor
 from free_dist.training.checkpoint import Checkpoints, newest_sound
-from free_dist.training.run_directory import CHECKPOINTS, SAMPLES, forget_log_after
+from free_dist.training.run_directory import CHECKPOINTS, SAMPLES, forget_log_after, is_evaluated
 from free_dist.training.runs import file_hash
 from free_dist.training.sample_log import SampleLog
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.stage1_result import save_backbone, save_trained
 from free_dist.training.stage1_run import ADAPTER, BACKBONE
 from free_dist.training.trained_parts import describe_parts, set_training_mode, train_parts
-from free_dist.training.trainer import Interrupted
 
 __all__ = ["AnswerScores", "answer_loss", "augment_images", "finetune", "save_backbone", "teacher_forced_accuracy"]
 
@@ -117,8 +125,8 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
     """Train the backbone in ``start`` as the recipe says, going on from ``run_dir``'s newest checkpoint if there is one.
 
     ``section`` comes from :func:`~free_dist.training.stage1_run.engine_section`; ``tell`` receives lines for the person who
-    waits.  Returns the Hugging Face directory of the result, complete on rank 0.  Raises Interrupted after SIGINT or SIGTERM
-    to any rank, on all ranks, with a checkpoint written; FloatingPointError when the loss is not finite; UserError for a
+    waits.  Returns the Hugging Face directory of the result, complete on rank 0.  Raises Interrupted after SIGINT, SIGTERM or
+    SIGUSR1 to any rank, on all ranks, with a checkpoint written; FloatingPointError when the loss is not finite; UserError for a
     checkpoint that does not fit, or cannot be written.
     """
     run_dir, steps, settings = Path(recipe.run_dir), recipe.training.max_steps, recipe.finetune
@@ -165,6 +173,14 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
         Monitor(run_dir, total_steps=steps, description="stage 1", done=done, enabled=world.is_main) as monitor,
     ):
         tokens = torch.zeros((), dtype=torch.long, device=world.device)
+        is_complete = True
+        if _is_owed(done, run_dir / LOG, recipe, world):
+            is_complete = _evaluate(done, monitor, engine, encoder, evaluated, section, world, stop)
+            if not is_complete:
+                raise Interrupted(
+                    f"stopped while evaluating step {done} of {steps}; the same command goes on from there"
+                )
+            set_training_mode(backbone.model)
         for step in range(done + 1, steps + 1):
             micro_batches = [batch.to(world.device) for batch in next(batches)]
             samples.add(step, micro_batches)
@@ -180,15 +196,15 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
                 values = _scalars(engine, loss, micro_batches[0].task)
                 monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
                 tokens.zero_()
-            if settings.eval_every and (step % settings.eval_every == 0 or step == steps):
-                monitor.scalars(step, _evaluate(engine, encoder, evaluated, section, world), tokens=0)
+            if _is_evaluation_due(step, recipe):
+                is_complete = _evaluate(step, monitor, engine, encoder, evaluated, section, world, stop)
                 set_training_mode(backbone.model)
             stopped = stop.agreed()
             last = stopped or step == steps
             if measure or checkpoints.is_due(step, last=last):
                 samples.write()
             checkpoints.after_step(step, loss, last=last)
-            if stopped and step < steps:
+            if stopped and (step < steps or not is_complete):
                 raise Interrupted(f"stopped after step {step} of {steps}; the same command goes on from there")
     return _write_result(recipe, engine, start, world)
 
@@ -249,28 +265,51 @@ def _evaluated_samples(recipe: Recipe, world: World) -> dict[str, list[Sample]]:
     return shares
 
 
+def _is_evaluation_due(step: int, recipe: Recipe) -> bool:
+    every = recipe.finetune.eval_every
+    return bool(every) and (step % every == 0 or step == recipe.training.max_steps)
+
+
+def _is_owed(done: int, log: Path, recipe: Recipe, world: World) -> bool:
+    """Whether the evaluation after the last step of a former run was cut off; as rank 0's log has it."""
+    if done == 0 or not _is_evaluation_due(done, recipe):
+        return False
+    return not all_true(not world.is_main or is_evaluated(log, done), world.device)
+
+
 @torch.no_grad()
 def _evaluate(
+    step: int,
+    monitor: Monitor,
     engine: DeepSpeedEngine,
     encoder: SampleEncoder,
     evaluated: dict[str, list[Sample]],
     section: dict[str, Any],
     world: World,
-) -> dict[str, float]:
-    """Loss per answer token and share of wholly right rows, per task, given the true answer so far; in evaluation mode."""
+    stop: StopFlag,
+) -> bool:
+    """Log loss per answer token and share of wholly right rows, per task, given the true answer so far; in evaluation mode.
+
+    Returns False, with nothing logged, where a rank was asked to stop meanwhile: an evaluation takes longer than a step, and
+    whoever goes on from here does it first.
+    """
     engine.eval()
     size = section["train_micro_batch_size_per_gpu"]
     values: dict[str, float] = {}
     for task, samples in evaluated.items():
         counts = torch.zeros(4, dtype=torch.float64, device=world.device)
         for first in range(0, len(samples), size):
+            if stop.agreed():
+                engine.train()
+                return False
             batch = encoder.collate(samples[first : first + size]).to(world.device)
             summed, hit = engine(**_arguments(batch, getattr(torch, precision(section))))
             counts += torch.stack([summed.double(), answer_tokens(batch), hit.sum(), torch.tensor(len(hit))])
         loss, tokens, hits, rows = all_reduce_sum(counts).tolist()
         values |= {f"calibration_loss_{task}": loss / tokens, f"calibration_accuracy_{task}": hits / rows}
     engine.train()
-    return values
+    monitor.scalars(step, values, tokens=0)
+    return True
 
 
 def _scalars(engine: DeepSpeedEngine, loss: Tensor, task: str) -> dict[str, float]:

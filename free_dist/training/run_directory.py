@@ -42,6 +42,9 @@ FREE_FIELDS = frozenset(
 )
 """Recipe fields that may change between the parts of a resumed run: they do not change what is learnt."""
 
+EVALUATION = "calibration_"
+"""How the names of evaluated numbers begin in the log."""
+
 
 def differing_fields(there: Recipe, here: Recipe, sections: tuple[str, ...]) -> list[str]:
     """One phrase per field of these sections that two parts of one run must share and do not."""
@@ -112,3 +115,12 @@ def forget_log_after(log: Path, step: int) -> None:
             # A process killed while it wrote leaves half a line, the last one.
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.write(line)
+
+
+def is_evaluated(log: Path, step: int) -> bool:
+    """Whether the log has the evaluation after ``step``."""
+    if not log.is_file():
+        return False
+    whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    entries = (json.loads(line) for line in whole)
+    return any(entry["step"] == step and any(key.startswith(EVALUATION) for key in entry) for entry in entries)

@@ -27,6 +27,7 @@ from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
 from free_dist.decoding.generate import generate
 from free_dist.distributed import (
+    Interrupted,
     StopFlag,
     World,
     all_equal,
@@ -73,10 +74,6 @@ SAMPLED_SPLIT = "calibration"
 """Split they are taken from."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop before its last step; what it had learnt was saved."""
-
-
 def train(
     recipe: Recipe,
     ds_config: dict[str, dict[str, Any]],
@@ -86,7 +83,7 @@ def train(
     """Train the recipe's exits inside a running process group, going on from ``run_dir``'s newest sound checkpoint.
 
     ``tell`` receives lines for the person who waits.  Returns the export directory, complete on rank 0.  Raises Interrupted
-    after SIGINT or SIGTERM to any rank, on all ranks, with a checkpoint written and the exits as they were then exported;
+    after SIGINT, SIGTERM or SIGUSR1 to any rank, on all ranks, with a checkpoint written and the exits as they are exported;
     UserError for a checkpoint that does not fit, or cannot be written.
     """
     run_dir = Path(recipe.run_dir)
