@@ -162,6 +162,8 @@ def remove_unfinished(directory: Path) -> None:
     """Remove what processes that died had begun to write."""
     for path in directory.glob(f"{PREFIX}*{UNFINISHED}"):
         shutil.rmtree(path)
+    for path in directory.glob(f".{LATEST}.*"):
+        path.unlink()
 
 
 def set_aside(checkpoint: Path) -> Path:

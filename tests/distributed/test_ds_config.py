@@ -20,6 +20,8 @@ from free_dist.ds_config import (
     needs_frozen_copy,
     precision,
     read_ds_config,
+    rows_per_step,
+    with_rows_per_step,
     zero_stage,
 )
 
@@ -195,3 +197,15 @@ def test_reading_does_not_import_torch():
     script = f"import sys; from free_dist.ds_config import read_ds_config; read_ds_config({str(SHIPPED[0])!r}); "
     script += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_run_keeps_its_rows_per_step_with_other_numbers_of_processes() -> None:
+    sections = {name: {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2} for name in SECTIONS}
+    assert with_rows_per_step(sections, None, 3) is sections
+    for processes, steps in ((1, 8), (2, 4), (4, 2), (8, 1)):
+        adapted = with_rows_per_step(sections, 32, processes)
+        assert {section["gradient_accumulation_steps"] for section in adapted.values()} == {steps}
+        assert rows_per_step(adapted, processes) == 32
+    for processes in (3, 16):
+        with pytest.raises(UserError, match=f"32 rows, which {processes} processes with 4 rows each cannot share"):
+            with_rows_per_step(sections, 32, processes)

@@ -156,16 +156,16 @@ def renamed(recipe: Recipe, run_dir: Path) -> Recipe:
     return replace(recipe, run_dir=str(run_dir))
 
 
-def _saves(run_dir: Path) -> set[int]:
-    """Saves that are under way, or that a killed process left, by the number of their directory."""
+def _saves(run_dir: Path) -> set[str]:
+    """Saves that are under way, or that a killed process left, by the name of their directory."""
     found = set()
     for path in (run_dir / "checkpoints").glob("*.tmp"):
         with contextlib.suppress(FileNotFoundError):  # it has just got its name
-            found.add(path.stat().st_ino)
+            found.add(path.name)
     return found
 
 
-def _wait(rng: random.Random, left: set[int], run_dir: Path, moment: str, processes: list[Any]) -> None:
+def _wait(rng: random.Random, left: set[str], run_dir: Path, moment: str, processes: list[Any]) -> None:
     log = run_dir / "log.jsonl"
     logged = _lines(log)
 
@@ -173,7 +173,12 @@ def _wait(rng: random.Random, left: set[int], run_dir: Path, moment: str, proces
         return all(process.is_alive() for process in processes)
 
     if moment == "save":
-        while is_running() and not _saves(run_dir) - left:
+        before = rng.randint(0, 2)  # saves of this part of the run that may end
+        seen: set[str] = set()
+        while is_running() and len(seen) <= before:
+            found = _saves(run_dir)
+            seen |= found - left
+            left &= found  # a start removes what was left, and may save that step again
             time.sleep(0.0005)
         time.sleep(rng.choice([0.0, rng.uniform(0, 0.02)]))
         return
