@@ -91,6 +91,24 @@ def test_further_signals_do_not_change_the_code_of_a_program_that_is_leaving(rai
     assert finished.stdout == ("\nsaved\n" if raises else "")
 
 
+AT_ONCE = """
+import os, signal, time
+from free_dist.stopping import stop_clearly
+with stop_clearly(at_once=True):
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", REQUEUE), ("SIGUSR1", REQUEUE), ("SIGINT", INTERRUPTED)])
+def test_a_program_that_keeps_nothing_ends_at_once_in_one_line(name: str, code: int) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", AT_ONCE.format(name=name)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (finished.returncode, finished.stderr) == (code, "")
+    assert finished.stdout == f"\nstopped by {name}; the same command starts over\n"
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, tiny_tokenizer) -> Path:
     directory = tmp_path_factory.mktemp("start")
