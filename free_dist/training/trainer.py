@@ -88,6 +88,8 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
         recipe.backbone.path, dtype=dtype, sharding=sharded_loading(ds_config["backbone"]), **options
     )
     use_visual_cache(recipe.data, backbone, encoder)
+    if recipe.cost.packs:
+        backbone.check_packing(share_prefix=recipe.cost.share_prefix)
     if backbone.layout.num_query_tokens + recipe.decoding.max_new_tokens >= backbone.max_positions:
         raise ConfigError(
             f"decoding.max_new_tokens={recipe.decoding.max_new_tokens}: the backbone has {backbone.max_positions} positions, "
@@ -144,7 +146,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
             measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
             for _ in range(accumulation):
                 batch = next(batches).to(world.device)
-                report = adversarial_step(engines, batch, recipe.loss, measure=measure)
+                report = adversarial_step(engines, batch, recipe.loss, cost=recipe.cost, measure=measure)
                 tokens += _text_tokens(batch, encoder)
             monitor.advance(samples=micro_batch_size(ds_config) * accumulation * world.size)
             if measure:
