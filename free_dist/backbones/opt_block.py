@@ -92,6 +92,11 @@ def packed_opt_block(block: Any, hidden: Tensor, rows: PackedRows, *, last_only:
         at_answers=last_only,
         dropout=attention.dropout if attention.training else 0.0,
     )
-    hidden = hidden + F.dropout(attention.out_proj(attended), block.dropout, block.training)
-    inner = block.fc2(block.activation_fn(block.fc1(block.final_layer_norm(hidden))))
-    return hidden + F.dropout(inner, block.dropout, block.training)
+    # Without gradients nobody else reads the fresh tensors, and a new one costs more than the addition.
+    added = F.dropout(attention.out_proj(attended), block.dropout, block.training)
+    hidden = hidden + added if added.requires_grad else added.add_(hidden)
+    inner = block.fc1(block.final_layer_norm(hidden))
+    in_place = not inner.requires_grad and type(block.activation_fn) is nn.ReLU
+    inner = block.fc2(inner.relu_() if in_place else block.activation_fn(inner))
+    inner = F.dropout(inner, block.dropout, block.training)
+    return hidden + inner if inner.requires_grad else inner.add_(hidden)

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+RAGGED_FROM = 1 / 16
+"""Share of positions that must be padding before rows of different lengths are listed: below, gathering costs what it saves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
@@ -29,7 +32,7 @@ class Packing:
     answers: Tensor
     """Boolean [B, T], true where a feature is wanted: the only positions whose features come back."""
     drop_padding: bool = False
-    """Leave out what follows a row's last answer position."""
+    """Leave out what follows a row's last answer position, or, where rows are nearly equal, the longest row's."""
     share_prefix: bool = False
     """Compute what opens every row once per image.  Rows must begin with ``TokenLayout.opening``."""
     answer_queries: bool = False
@@ -39,10 +42,10 @@ class Packing:
 class Attended(NamedTuple):
     """One attention call: R rows of A queries on S keys each."""
 
-    queries: Tensor
-    """[R * A], which of the queries that were computed; padding repeats the first."""
-    keys: Tensor
-    """[R * S], which listed positions."""
+    queries: Tensor | None
+    """[R * A], which of the queries that were computed; padding repeats the first.  None: they are in this order."""
+    keys: Tensor | None
+    """[R * S], which listed positions; None: all of them, in this order."""
     shape: tuple[int, int, int]
     """R, A, S."""
     mask: Tensor | None
@@ -73,16 +76,19 @@ class PackedRows:
         """The rows of ``packing.answers`` on the images ``image_index`` [B]; the first P = ``n_opening`` positions open a row."""
         answers, device = packing.answers, packing.answers.device
         n_rows, n_positions = answers.shape
-        n_shared = n_opening if packing.share_prefix else 0
+        n_images = int(image_index.max()) + 1 if packing.share_prefix else n_rows
+        n_shared = n_opening if n_images < n_rows else 0
         column = torch.arange(n_positions, device=device)
         lengths = torch.full((n_rows,), n_positions, device=device)
         if packing.drop_padding:
             # An answer's own last token, which ends the row, predicts nothing: it is left out like padding.
             lengths = ((column + 1) * answers).amax(1).clamp(min=min(n_opening + 1, n_positions))
             n_positions = int(lengths.max())
+            if int(lengths.sum()) > (1 - RAGGED_FROM) * n_rows * n_positions:
+                lengths = torch.full_like(lengths, n_positions)
             column, answers = column[:n_positions], answers[:, :n_positions]
         own = (column < lengths[:, None]) & (column >= n_shared)  # [B, T], positions that belong to one row
-        n_images = int(image_index.max()) + 1 if n_shared else 0
+        n_images = n_images if n_shared else 0
 
         first_row = torch.zeros(n_images, dtype=torch.long, device=device)
         if n_shared:
@@ -95,16 +101,15 @@ class PackedRows:
 
         groups = []
         if n_shared:
-            every = torch.arange(n_images * n_shared, device=device)
-            groups.append(Attended(every, every, (n_images, n_shared, n_shared), None, None))
-        if n_positions > n_shared:
-            groups.append(_own_attention(own, listed, n_shared, column))
+            # These stand first in the list, of which this attention takes as much as it needs.
+            groups.append(Attended(None, None, (n_images, n_shared, n_shared), None, None))
+        groups.append(_own_attention(own, listed, n_shared, column))
         return cls(
             source=torch.cat((opening.flatten(), flat[own])),
             positions=torch.cat((column[:n_shared].repeat(n_images), column.expand(n_rows, -1)[own])),
             answers=listed[answers],
             everywhere=tuple(groups),
-            at_answers=_answer_attention(answers, listed) if packing.answer_queries else None,
+            at_answers=_answer_attention(answers, groups[-1].keys) if packing.answer_queries else None,
         )
 
     def take(self, padded: Tensor) -> Tensor:
@@ -126,22 +131,25 @@ class PackedRows:
         if at_answers:
             assert self.at_answers is not None, "this list gives all positions a query"
             groups = (self.at_answers,)
-        return torch.cat([_attention(group, query, key, value, dropout, scale) for group in groups])
+        outputs = [_attention(group, query, key, value, dropout, scale) for group in groups]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _own_attention(own: Tensor, listed: Tensor, n_shared: int, column: Tensor) -> Attended:
     """Positions after the shared ones: on these, and on what stands before them in their row."""
     n_rows, n_positions = own.shape
     n_queries = n_positions - n_shared
-    mine = own[:, n_shared:]
+    mine, index = own[:, n_shared:], listed.flatten()
     kept = None if bool(mine.all()) else mine.flatten().nonzero().squeeze(1)
-    mask = None if n_shared == 0 else (column <= column[n_shared:, None])[None, None]
-    queries = listed[:, n_shared:].flatten()
-    return Attended(queries, listed.flatten(), (n_rows, n_queries, n_positions), mask, kept)
+    shape = (n_rows, n_queries, n_positions)
+    if n_shared == 0:
+        return Attended(None, None, shape, None, None) if kept is None else Attended(index, index, shape, None, kept)
+    mask = (column <= column[n_shared:, None])[None, None]
+    return Attended(listed[:, n_shared:].flatten(), index, shape, mask, kept)
 
 
-def _answer_attention(answers: Tensor, listed: Tensor) -> Attended:
-    """The answer positions alone, on what stands before them in their row."""
+def _answer_attention(answers: Tensor, keys: Tensor | None) -> Attended:
+    """The answer positions alone, on what stands before them in their row; ``keys`` as for all positions."""
     n_rows, n_positions = answers.shape
     counts = answers.sum(1)
     n_queries = int(counts.max())
@@ -154,7 +162,7 @@ def _answer_attention(answers: Tensor, listed: Tensor) -> Attended:
     place[real] = answers.nonzero()[:, 1]
     mask = (torch.arange(n_positions, device=answers.device) <= place[:, :, None])[:, None]
     kept = None if bool(real.all()) else real.flatten().nonzero().squeeze(1)
-    return Attended(queries.flatten(), listed.flatten(), (n_rows, n_queries, n_positions), mask, kept)
+    return Attended(queries.flatten(), keys, (n_rows, n_queries, n_positions), mask, kept)
 
 
 def _attention(
@@ -162,8 +170,8 @@ def _attention(
 ) -> Tensor:
     n_rows, n_queries, n_keys = group.shape
 
-    def gathered(listed: Tensor, index: Tensor, count: int) -> Tensor:
-        rows = listed.flatten(1).index_select(0, index)
+    def gathered(listed: Tensor, index: Tensor | None, count: int) -> Tensor:
+        rows = listed[: n_rows * count] if index is None else listed.flatten(1).index_select(0, index)
         return rows.view(n_rows, count, *listed.shape[1:]).transpose(1, 2)
 
     attended = F.scaled_dot_product_attention(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Blip2Backbone, TokenLayout
-from free_dist.backbones.packed import PackedRows, Packing
-from free_dist.config import ConfigError, CostConfig, LossConfig
+from free_dist.config import CostConfig
 from free_dist.data.samples import IGNORE, Batch
 from free_dist.exits import ExitBank, FeatureClassifiers
 from free_dist.losses import cross_entropy_loss, discriminator_loss, distillation_loss, generator_loss
