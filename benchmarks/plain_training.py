@@ -22,7 +22,7 @@ from free_dist.backbones.base import BackboneFeatures
 from free_dist.config import CostConfig
 from free_dist.data.samples import IGNORE, Batch
 from free_dist.exits import ExitBank, FeatureClassifiers
-from free_dist.losses import cross_entropy_loss, discriminator_loss, generator_loss
+from free_dist.losses import cross_entropy_loss, discriminator_loss, generator_loss, head_parts
 from free_dist.training.step import packing_of
 
 ADVERSARIAL_WEIGHT = 0.1
@@ -38,7 +38,7 @@ class Savings:
     label_only_heads: bool = False
     """The head reads answer positions alone."""
     chunked_heads: bool = False
-    """Logits of a part of the answers at a time, computed anew in the backward pass: for memory, not for speed."""
+    """Logits of a part of the answers at a time: for memory, not for speed."""
     bucketing: bool = False
     """Rows of similar length stand together and are padded to the longest one."""
     image_once: bool = False
@@ -156,7 +156,8 @@ class PlainTrainer:
     def _task_loss(self, states: Tensor, targets: Tensor, answers: Tensor) -> Tensor:
         if self.savings.label_only_heads:
             features = self._at_answers(states, answers)
-            return cross_entropy_loss(self.bank, features, targets[answers], chunk=self.cost.head_chunk)
+            parts = head_parts(features.shape[0] * features.shape[1], self.cost.head_chunk)
+            return cross_entropy_loss(self.bank, features, targets[answers], parts=parts)
         losses = [
             F.cross_entropy(self.bank.logits(state).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
             for state in states

@@ -14,8 +14,8 @@ task's steps.  The last line is JSON:
 - ``all_over_plain``: samples a second, reading of data included, of ``launch/train.py``'s step with every option, over the plain
   path: no option, rows padded to the longest row of all tasks.  ``..._one_forward``: over a plain path that has that one
   option; ``..._own_length``: over one that pads to the longest row of each task instead.
-- ``two_process_efficiency``: samples a second of two processes over twice those of one, all options on, 32 rows each; of what
-  the machine has left (``cores``).
+- ``two_process_efficiency``: samples a second of two processes over twice those of one, all options on; of what the
+   machine has left (``cores``).
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ from free_dist.exits import ExitBank, FeatureClassifiers
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.step import adversarial_step
 
-ROWS = 32
 EXIT_LAYERS = (2, 4, 7)
 TASKS = ("vqa", "caption", "dialogue")
 ALL = CostConfig(drop_padding=True, share_prefix=True, answer_queries=True)
@@ -70,8 +69,8 @@ Step = Callable[[str], float]
 class Bench:
     """Backbone, data and clock that all sides share."""
 
-    def __init__(self, root: str, cache: Path, clock: str) -> None:
-        self.root, self.cache = root, cache
+    def __init__(self, root: str, cache: Path, clock: str, rows: int) -> None:
+        self.root, self.cache, self.rows = root, cache, rows
         self.clock = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
         self.backbone, self.encoder = load_pretrained(EMBEDDED_BACKBONE)
         self.backbone.requires_grad_(False)
@@ -89,8 +88,8 @@ class Bench:
 
     def batches(self, task: str, *, saved: bool, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Endless batches of a task; ``saved``: vision features in the place of pixels, and rows in buckets."""
-        data, encoder = self.data(task, bucket=ROWS if saved else 0), self.cached if saved else self.encoder
-        return training_batches(data, encoder, seed=0, micro_batch_size=ROWS, rank=rank, world_size=world_size)
+        data, encoder = self.data(task, bucket=self.rows if saved else 0), self.cached if saved else self.encoder
+        return training_batches(data, encoder, seed=0, micro_batch_size=self.rows, rank=rank, world_size=world_size)
 
     def modules(self, backbone: Blip2Backbone | None = None) -> tuple[Blip2Backbone, ExitBank, FeatureClassifiers]:
         """The same untrained exits and discriminators every time."""
@@ -201,7 +200,7 @@ def measure_steps(bench: Bench, rounds: int) -> dict[str, Any]:
         "all_over_plain_own_length": ratio(found["own_length"], found["all"]),
         "all_over_default": ratio(found["default"], found["all"]),
         "samples_per_second": {
-            name: round(len(TASKS) * ROWS / sum(spent.values()), 1) for name, spent in found.items()
+            name: round(len(TASKS) * bench.rows / sum(spent.values()), 1) for name, spent in found.items()
         },
         "fixed_length": max(bench.longest.values()),
     }
@@ -222,8 +221,8 @@ def measure_options(bench: Bench, rounds: int) -> dict[str, dict[str, float]]:
     for task in TASKS:
         for kind in drawn:
             encoder = bench.cached if kind == "features" else bench.encoder
-            data = bench.data(task, bucket=ROWS if kind == "buckets" else 0)
-            stream = training_batches(data, encoder, seed=0, micro_batch_size=ROWS)
+            data = bench.data(task, bucket=bench.rows if kind == "buckets" else 0)
+            stream = training_batches(data, encoder, seed=0, micro_batch_size=bench.rows)
             drawn[kind][task] = [next(stream) for _ in range(2)]
     kinds = {"visual_cache": "features", "bucketing": "buckets"}
     sides: dict[Savings, Step] = {}
@@ -299,6 +298,7 @@ def speed_of(size: int, arguments: argparse.Namespace, cache: Path) -> float:
         probe.bind(("127.0.0.1", arguments.port if size > 1 else 0))
         port = probe.getsockname()[1]
     command = [sys.executable, __file__, "--root", arguments.root, "--rounds", str(arguments.rounds)]
+    command += ["--rows", str(arguments.rows)]
     workers = [
         subprocess.Popen(
             [*command, "--worker", str(cache)],
@@ -326,17 +326,18 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 def work(arguments: argparse.Namespace) -> None:
     """One of several processes: steps as in training; prints the samples a second of all of them."""
     with distributed_session() as world:
-        bench = Bench(arguments.root, Path(arguments.worker), "wall")
+        bench = Bench(arguments.root, Path(arguments.worker), "wall", arguments.rows)
         engines = bench.engines(adversarial=True)
         step = engine_side(bench, engines, cost=ALL, saved=True, rank=world.rank, world_size=world.size)
         taken = seconds({"all": step}, arguments.rounds)["all"]
-        print(len(TASKS) * ROWS * world.size / sum(taken.values()))
+        print(len(TASKS) * bench.rows * world.size / sum(taken.values()))
 
 
 def main() -> None:
     """Measure the parts that are asked for; print one JSON line last."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default=DataConfig().root, help="directory of prepared easy-VQA shards")
+    parser.add_argument("--rows", type=int, default=32, help="rows of a step, in every process")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of every side and task")
     parser.add_argument("--process-rounds", type=int, default=3, help="starts of one and of two processes")
     parser.add_argument(
@@ -357,7 +358,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as directory:
         cache = Path(directory) / "cache"
-        bench = Bench(arguments.root, cache, arguments.clock)
+        bench = Bench(arguments.root, cache, arguments.clock, arguments.rows)
         if "steps" in arguments.parts:
             os.environ.update(environment(0, 1, arguments.port or 29500))
             with distributed_session():

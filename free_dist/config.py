@@ -154,7 +154,7 @@ class CostConfig:
     answer_queries: bool = False
     """Exit transformers and the last block compute answer positions alone, and keys and values of the others."""
     head_chunk: int = 4096
-    """Answer positions, counted for every exit, whose logits over the vocabulary are held at once; the rest are recomputed."""
+    """Answer positions, counted for every exit, whose logits over the vocabulary are held at once."""
 
     @property
     def packs(self) -> bool:

@@ -20,7 +20,14 @@ from free_dist.data.samples import IGNORE, Batch
 from free_dist.distributed import all_reduce_mean
 from free_dist.engines import Engines, frozen, joint_step
 from free_dist.exits import ExitBank
-from free_dist.losses import CHUNK, cross_entropy_loss, discriminator_loss, distillation_loss, generator_loss
+from free_dist.losses import (
+    cross_entropy_loss,
+    discriminator_loss,
+    distillation_loss,
+    generator_loss,
+    head_parts,
+    in_parts,
+)
 
 
 def adversarial_step(
@@ -41,6 +48,7 @@ def adversarial_step(
     answers = batch.targets != IGNORE  # [B, T]
     targets = batch.targets[answers]  # [N]
     share = token_share(answers)
+    parts = head_parts(len(bank.exit_layers) * engines.most_positions(len(targets)), cost.head_chunk)
 
     with torch.no_grad():  # one forward for both players
         features = engines.backbone(**batch.inputs(), exit_layers=bank.exit_layers, packing=packing_of(cost, answers))
@@ -67,13 +75,13 @@ def adversarial_step(
         if engines.discriminators is not None:
             generator = share * generator_loss(classifiers(fake).float())
             report["g_loss"] = generator
-        task = share * task_loss(bank, fake, final, targets, config, chunk=cost.head_chunk)
+        task = share * task_loss(bank, fake, final, targets, config, parts=parts)
         loss = (weights * (config.adversarial_weight * generator + config.task_weight * task)).sum()
         engines.exits.backward(loss)
 
     report |= {"task_loss": task, "loss": loss, "answer_tokens": answers.sum().float()}
     if measure:
-        metrics = agreement_metrics(bank, fake, final, targets, chunk=cost.head_chunk)
+        metrics = agreement_metrics(bank, fake, final, targets, parts=parts)
         report |= {name: share * value for name, value in metrics.items()}
     losses = torch.cat([loss.reshape(1), *(report[name] for name in ("d_loss",) if name in report)])
     moved = joint_step(engines, losses.detach())
@@ -96,7 +104,7 @@ def packing_of(cost: CostConfig, answers: Tensor) -> Packing | None:
 
 
 def task_loss(
-    bank: ExitBank, fake: Tensor, final: Tensor, targets: Tensor, config: LossConfig, *, chunk: int = CHUNK
+    bank: ExitBank, fake: Tensor, final: Tensor, targets: Tensor, config: LossConfig, *, parts: int | None = None
 ) -> Tensor:
     """CE to ``targets`` [N] (supervised) or KL to the frozen model at ``final`` [N, D] (unsupervised), [K].
 
@@ -104,9 +112,9 @@ def task_loss(
     """
     with torch.set_grad_enabled(config.task_weight != 0):
         if config.mode == "supervised":
-            return cross_entropy_loss(bank, fake, targets, chunk=chunk)
+            return cross_entropy_loss(bank, fake, targets, parts=parts)
         if config.mode == "unsupervised":
-            return distillation_loss(bank, fake, final, config.temperature, chunk=chunk)
+            return distillation_loss(bank, fake, final, config.temperature, parts=parts)
     raise ValueError(f"loss.mode={config.mode!r}: want supervised or unsupervised")
 
 
@@ -131,16 +139,15 @@ def token_share(answers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def agreement_metrics(
-    bank: ExitBank, fake: Tensor, final: Tensor, targets: Tensor, *, chunk: int = CHUNK
+    bank: ExitBank, fake: Tensor, final: Tensor, targets: Tensor, *, parts: int | None = None
 ) -> dict[str, Tensor]:
     """How near the exits [K, N, D] are to the full model [N, D], as means over this rank's answer tokens.
 
     ``agreement``: same most likely token as the full model, [K]; ``accuracy``: the target's, [K]; ``accuracy_full``: the
     full model's own, scalar; ``cosine``: between exit and final feature, [K].
     """
-    positions = max(1, chunk // len(fake))
-    parts = zip(fake.split(positions, dim=1), final.split(positions), strict=True)
-    predicted = [(bank.logits(part).argmax(-1), bank.logits(rest).argmax(-1)) for part, rest in parts]
+    pieces = in_parts(fake, final, head_parts(fake.shape[0] * fake.shape[1]) if parts is None else parts)
+    predicted = [(bank.logits(part).argmax(-1), bank.logits(rest).argmax(-1)) for part, rest in pieces]
     exits = torch.cat([exit_tokens for exit_tokens, _ in predicted], dim=1)  # [K, N]
     full = torch.cat([full_tokens for _, full_tokens in predicted])  # [N]
     return {
