@@ -202,6 +202,8 @@ def test_malformed_override_is_told_clearly(override: str, message: str) -> None
         (["loss.task_weight=-1"], "loss.task_weight"),
         (["loss.task_weight=0", "loss.adversarial_weight=0"], "loss.task_weight"),
         (["loss.temperature=0"], "loss.temperature"),
+        (["cost.head_chunk=0"], "cost.head_chunk"),
+        (["cost.share_prefix=true", "backbone.attn_implementation=flash_attention_2"], "cost.share_prefix"),
         (["training.max_steps=0"], "training.max_steps"),
         (["training.max_steps=10", "training.warmup_steps=11"], "training.warmup_steps"),
         (["training.expected_world_size=0"], "training.expected_world_size"),
