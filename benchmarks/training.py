@@ -14,8 +14,9 @@ task's steps.  The last line is JSON:
 - ``all_over_plain``: samples a second, reading of data included, of ``launch/train.py``'s step with every option, over the plain
   path: no option, rows padded to the longest row of all tasks.  ``..._one_forward``: over a plain path that has that one
   option; ``..._own_length``: over one that pads to the longest row of each task instead.
-- ``two_process_efficiency``: samples a second of two processes over twice those of one, all options on; of what the
-   machine has left (``cores``).
+- ``two_process_efficiency``: samples a second of two processes over twice those of one, with every option on and as many
+  rows in each process.  It needs two free cores (``cores``: those it may use); with ``--clock cpu`` waiting is not counted, so
+  the figure tells the work of communication alone.
 """
 
 from __future__ import annotations
@@ -298,7 +299,7 @@ def speed_of(size: int, arguments: argparse.Namespace, cache: Path) -> float:
         probe.bind(("127.0.0.1", arguments.port if size > 1 else 0))
         port = probe.getsockname()[1]
     command = [sys.executable, __file__, "--root", arguments.root, "--rounds", str(arguments.rounds)]
-    command += ["--rows", str(arguments.rows)]
+    command += ["--rows", str(arguments.rows), "--clock", arguments.clock]
     workers = [
         subprocess.Popen(
             [*command, "--worker", str(cache)],
@@ -326,7 +327,7 @@ def environment(rank: int, size: int, port: int) -> dict[str, str]:
 def work(arguments: argparse.Namespace) -> None:
     """One of several processes: steps as in training; prints the samples a second of all of them."""
     with distributed_session() as world:
-        bench = Bench(arguments.root, Path(arguments.worker), "wall", arguments.rows)
+        bench = Bench(arguments.root, Path(arguments.worker), arguments.clock, arguments.rows)
         engines = bench.engines(adversarial=True)
         step = engine_side(bench, engines, cost=ALL, saved=True, rank=world.rank, world_size=world.size)
         taken = seconds({"all": step}, arguments.rounds)["all"]
@@ -363,8 +364,10 @@ def main() -> None:
             os.environ.update(environment(0, 1, arguments.port or 29500))
             with distributed_session():
                 figures |= measure_steps(bench, arguments.rounds)
+            print(json.dumps(figures), flush=True)  # so much is known if a later part is interrupted
         if "options" in arguments.parts:
             figures["options"] = measure_options(bench, arguments.rounds)
+            print(json.dumps(figures), flush=True)
         if "processes" in arguments.parts:
             figures |= measure_processes(arguments, cache)
     print(json.dumps(figures))
