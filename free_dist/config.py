@@ -144,6 +144,25 @@ class LossConfig:
 
 
 @dataclass(kw_only=True)
+class CostConfig:
+    """What a training step need not compute, with the same losses and gradients; data.bucket and data.visual_cache save too."""
+
+    drop_padding: bool = False
+    """Blocks leave out what follows a row's last answer position. OPT and LLaMA, as the next two; needs attention ``sdpa``."""
+    share_prefix: bool = False
+    """What opens every row (image and begin of text) passes the blocks once per image. Not InstructBLIP, which has one a row."""
+    answer_queries: bool = False
+    """Exit transformers and the last block compute answer positions alone, and keys and values of the others."""
+    head_chunk: int = 4096
+    """Answer positions, counted for every exit, whose logits over the vocabulary are held at once."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether blocks run on a list of positions instead of padded rows."""
+        return self.drop_padding or self.share_prefix or self.answer_queries
+
+
+@dataclass(kw_only=True)
 class TrainingConfig:
     """Length, schedule and logging of a run (stage 1 and stage 2)."""
 
@@ -246,6 +265,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     exits: ExitsConfig = field(default_factory=ExitsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

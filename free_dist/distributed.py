@@ -133,6 +133,14 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return summed
 
 
+def all_reduce_max(values: Tensor) -> Tensor:
+    """Elementwise largest over ranks, as a new tensor of the same shape."""
+    largest = values.clone()
+    if world_size() > 1:
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return largest
+
+
 def all_reduce_mean(values: Tensor) -> Tensor:
     """Elementwise mean over ranks, as a new tensor of the same shape; give it floating-point values."""
     return all_reduce_sum(values) / world_size()

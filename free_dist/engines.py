@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from free_dist.config import UserError
-from free_dist.distributed import all_true, world_size
+from free_dist.distributed import all_reduce_max, all_true, world_size
 from free_dist.ds_config import fits, names_stage, needs_frozen_copy, precision, with_backbone_stage, zero_stage
 
 __all__ = [
@@ -81,6 +81,13 @@ class Engines:
             name: torch.as_tensor(float("nan") if norm is None else norm, dtype=torch.float32, device=self.device)
             for name, norm in norms.items()
         }
+
+    def most_positions(self, own: int) -> int:
+        """How many answer positions this rank must act as if it had: its ``own``, or the most of any rank where all ranks read
+        a sharded head together and must do so equally often."""
+        if self.exits.zero_optimization_stage() < 3 or world_size() == 1:
+            return own
+        return int(all_reduce_max(torch.tensor(own, device=self.device)))
 
     def _watch(self, gradient: Tensor) -> None:
         # Looks at this rank's own gradient, before any engine reduces, partitions or clips it.

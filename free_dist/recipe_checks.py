@@ -18,6 +18,7 @@ from free_dist.config import (
     UNTRAINED_BACKBONE,
     BackboneConfig,
     ConfigError,
+    CostConfig,
     DataConfig,
     DecodingConfig,
     EvaluationConfig,
@@ -36,6 +37,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_data(recipe.data)
     _check_exits(recipe.exits)
     _check_loss(recipe.loss)
+    _check_cost(recipe.cost, recipe.backbone)
     _check_training(recipe.training)
     _check_decoding_and_evaluation(recipe.decoding, recipe.evaluation)
     _check_finetune(recipe.finetune)
@@ -157,6 +159,17 @@ def _check_loss(loss: LossConfig) -> None:
         "loss.adversarial_weight is 0 as well, so the exits would learn nothing; set one of the two above 0",
     )
     _positive("loss.temperature", loss.temperature)
+
+
+def _check_cost(cost: CostConfig, backbone: BackboneConfig) -> None:
+    _at_least(1, "cost.head_chunk", cost.head_chunk)
+    for name in ("drop_padding", "share_prefix", "answer_queries"):
+        _require(
+            not vars(cost)[name] or backbone.attn_implementation == "sdpa",
+            f"cost.{name}",
+            True,
+            f"needs backbone.attn_implementation=sdpa, not {backbone.attn_implementation!r}",
+        )
 
 
 def _check_training(training: TrainingConfig) -> None:

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from free_dist.backbones.packed import PackedRows, Packing
 from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, Span
+from free_dist.config import ConfigError
 
 SpanT = TypeVar("SpanT", bound=Span)
 
@@ -52,12 +54,12 @@ class BackboneFeatures:
     """What one training forward of a frozen backbone yields."""
 
     exits: tuple[Tensor, ...]
-    """``h_k`` for each requested exit layer, each [B, T, D]."""
+    """``h_k`` for each requested exit layer, each [B, T, D]; of a packed forward [M, D], as ``span`` lists them."""
     final: Tensor
-    """Final-layer feature *after* the final norm, [B, T, D]."""
+    """Final-layer feature *after* the final norm, [B, T, D]; of a packed forward at the answer positions alone, [N, D]."""
     memory: Memory | None = None
     """What an encoder read, for the exits' blocks too; None for decoder-only models."""
-    span: Span | None = None
+    span: Span | PackedRows | None = None
     """Where the positions are, if the blocks need to be told; None if not."""
 
 
@@ -102,7 +104,7 @@ class BlockCall(Protocol):
         block: nn.Module,
         hidden: Tensor,
         cache: LayerCache | None = None,
-        span: Span | None = None,
+        span: Span | PackedRows | None = None,
         last_only: bool = False,
         memory: Memory | None = None,
     ) -> Tensor:
@@ -110,6 +112,9 @@ class BlockCall(Protocol):
 
         ``last_only``: keys and values of all T positions are cached, but only the last output is computed, [R, 1, D].
         ``memory`` is what an encoder read, for a call without a cache; a cache has its own.
+
+        With packed rows (training, architectures that ``can_pack``): [M, D] -> [M, D], or with ``last_only``, whose queries
+        are then the answer positions, [N, D].
         """
 
 
@@ -122,6 +127,8 @@ class Backbone(nn.Module, ABC):
     layout: TokenLayout
     max_positions: int
     """Longest sequence, image placeholders included."""
+    prefix_reads_prompt: bool = False
+    """Whether a visual prefix depends on the row's text, so that rows of one image have prefixes of their own."""
 
     @abstractmethod
     def encode_prefix(
@@ -154,6 +161,29 @@ class Backbone(nn.Module, ABC):
         if decoder_ids is not None:
             raise ValueError("decoder_ids: this backbone has no encoder, its answers continue the prompt")
         return self.embed(input_ids, prefix), None, None
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether the blocks run on packed rows."""
+        return False
+
+    def pack(self, packing: Packing, image_index: Tensor) -> PackedRows:
+        """The list of positions of a batch; raises UserError where :func:`check_packing` does."""
+        self.check_packing(share_prefix=packing.share_prefix)
+        return PackedRows.of(packing, image_index, len(self.layout.opening))
+
+    def check_packing(self, *, share_prefix: bool) -> None:
+        """Raise ConfigError where this backbone cannot run on packed rows, or rows of one image share no prefix."""
+        if not self.can_pack:
+            raise ConfigError(
+                "cost.drop_padding, cost.share_prefix, cost.answer_queries: this language model (T5) reads prompts in an "
+                "encoder and nothing but answers in its decoder, so there is nothing to save: leave all three off"
+            )
+        if share_prefix and self.prefix_reads_prompt:
+            raise ConfigError(
+                "cost.share_prefix=true: this backbone's Q-Former reads the prompt (InstructBLIP), so rows of one image have "
+                "prefixes of their own: leave it off"
+            )
 
     @abstractmethod
     def block(self, k: int) -> nn.Module:
@@ -194,7 +224,7 @@ class Backbone(nn.Module, ABC):
         start: int,
         stop: int,
         caches: Sequence[LayerCache] | None = None,
-        span: Span | None = None,
+        span: Span | PackedRows | None = None,
         *,
         last_only: bool = False,
         memory: Memory | None = None,
@@ -220,19 +250,27 @@ class Backbone(nn.Module, ABC):
         *,
         decoder_ids: Tensor | None = None,
         instruction: Instruction | None = None,
+        packing: Packing | None = None,
     ) -> BackboneFeatures:
         """One full forward for training: pixels [I, 3, h, w], row -> image [B], ids [B, T], padded on the right.
 
         With an encoder, ``input_ids`` are what it reads and ``decoder_ids`` [B, N] what the blocks do; features lie on those.
+        ``packing``: compute only what the features at its answer positions need.
         A single top-level call, so that a sharded backbone gathers each parameter once.
         """
         prefix = self.encode_prefix(pixel_values, image_index, instruction)
         hidden, memory, span = self.training_start(input_ids, prefix, decoder_ids)
+        rows = None if packing is None else self.pack(packing, image_index)
+        where = span if rows is None else rows
+        hidden = hidden if rows is None else rows.take(hidden)
         taps: list[Tensor] = []
         reached = 0
         for k in exit_layers:
-            hidden = self.run_blocks(hidden, reached, k, span=span, memory=memory)
+            hidden = self.run_blocks(hidden, reached, k, span=where, memory=memory)
             taps.append(hidden)
             reached = k
-        hidden = self.run_blocks(hidden, reached, self.n_blocks, span=span, memory=memory)
-        return BackboneFeatures(exits=tuple(taps), final=self.final_norm(hidden), memory=memory, span=span)
+        only_answers = rows is not None and rows.at_answers is not None and reached < self.n_blocks
+        hidden = self.run_blocks(hidden, reached, self.n_blocks, span=where, memory=memory, last_only=only_answers)
+        if rows is not None and not only_answers:
+            hidden = hidden.index_select(0, rows.answers)
+        return BackboneFeatures(exits=tuple(taps), final=self.final_norm(hidden), memory=memory, span=where)

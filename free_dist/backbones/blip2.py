@@ -130,6 +130,10 @@ class Blip2Backbone(Backbone):
         return self._decoder.blocks[k - 1]
 
     @property
+    def can_pack(self) -> bool:
+        return self._decoder.can_pack
+
+    @property
     def block_call(self) -> BlockCall:
         return self._decoder.block_call
 

@@ -47,6 +47,8 @@ class TextDecoder:
     pad_token_id: int
     start_token_id: int | None = None
     """With an encoder: what opens the decoder's sequence."""
+    can_pack: bool = False
+    """Whether ``block_call`` runs on packed rows."""
 
     def add_positions(self, embedded: Tensor, past_length: int | Tensor) -> Tensor:
         """Embedded tokens [B, T, D] after ``past_length`` others (one number, or one per row [B]) -> ``h_0`` [B, T, D]."""
@@ -178,6 +180,7 @@ def _opt(model: OPTForCausalLM) -> OptDecoder:
         embed_positions=decoder.embed_positions,
         blocks=list(decoder.layers),
         block_call=call_opt_block,
+        can_pack=True,
         final_norm=decoder.final_layer_norm,
         lm_head=model.lm_head,
         n_cached_heads=config.num_attention_heads,
@@ -198,6 +201,7 @@ def _llama(model: LlamaForCausalLM) -> LlamaDecoder:
         embed_tokens=decoder.embed_tokens,
         blocks=list(decoder.layers),
         block_call=LlamaBlockCall(angles),
+        can_pack=True,
         final_norm=decoder.norm,
         lm_head=model.lm_head,
         angles=angles,

@@ -19,6 +19,7 @@ class InstructBlipBackbone(Blip2Backbone):
     """Adapter over ``InstructBlipForConditionalGeneration`` whose language model is LLaMA (Vicuna) or T5."""
 
     model_type = "instructblip"
+    prefix_reads_prompt = True
 
     def encode_prefix(
         self, pixel_values: Tensor, image_index: Tensor | None = None, instruction: Instruction | None = None

@@ -1,6 +1,7 @@
-"""One LLaMA block for decoding, and its rotary angles: the arithmetic of ``LlamaDecoderLayer`` on that module's own weights.
+"""One LLaMA block for decoding, one for packed training rows, and their rotary angles: the arithmetic of ``LlamaDecoderLayer``.
 
-Lean as :mod:`free_dist.backbones.opt_block` is: exact up to rounding, no hooks, no gathering of shards.  Angles are computed
+Both use that module's own weights.  Lean as :mod:`free_dist.backbones.opt_block` is: decoding is exact up to rounding, fires no
+hooks and gathers no shards; :func:`packed_llama_block` calls the modules and has gradients.  Angles are computed
 once per call and travel in ``Span.shared``.  Does not know caches beyond :class:`LayerCache`, nor embeddings and heads.
 
 Shape letters: R rows, T new positions, S visible positions, D width, H query heads, N key-value heads, G = H / N, E head width.
@@ -8,7 +9,7 @@ Shape letters: R rows, T new positions, S visible positions, D width, H query he
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from free_dist.backbones.lean_layers import linear
+from free_dist.backbones.packed import PackedRows
 from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, Span
 from free_dist.config import UserError
 
@@ -68,6 +70,14 @@ class RotaryAngles:
         mask = span.mask
         return LlamaShared(cos, sin, mask if mask is None else mask.repeat(1, 1, groups, 1), span.last_mask)
 
+    def packed(self, rows: PackedRows, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of listed positions, for :func:`rotated`: cos and sin, each [M, 1, E], in the type and on the device of ``like``."""
+        if like.dtype not in rows.shared:
+            cos, _, sin = self._table(like)
+            rows.shared[like.dtype] = (cos[rows.positions][:, None], sin[rows.positions][:, None])
+        angles: tuple[Tensor, Tensor] = rows.shared[like.dtype]
+        return angles
+
     def _table(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cosines, sines, and sines with their first half negated; each [positions, E]."""
         key = (like.dtype, like.device)
@@ -93,14 +103,17 @@ class LlamaBlockCall:
         block: nn.Module,
         hidden: Tensor,
         cache: LayerCache | None = None,
-        span: Span | None = None,
+        span: Span | PackedRows | None = None,
         last_only: bool = False,
         memory: Memory | None = None,
     ) -> Tensor:
         """Run one ``LlamaDecoderLayer``: [R, T, D] -> [R, T, D], or [R, 1, D] with ``last_only``; causal.
 
-        Decoding (a cache) takes the lean path, which fires no module hooks and needs gradients disabled.
+        Decoding (a cache) takes the lean path, which fires no module hooks and needs gradients disabled.  Packed rows: see
+        ``BlockCall``.
         """
+        if isinstance(span, PackedRows):
+            return packed_llama_block(block, hidden, span, self._angles.packed(span, hidden), last_only=last_only)
         if cache is not None:
             assert span is not None, "a cache needs the span that says where to write"
             return llama_block(block, hidden, cache, span, last_only=last_only)
@@ -148,8 +161,32 @@ def llama_block(block: nn.Module, hidden: Tensor, cache: LayerCache, span: Span,
     return linear(maps["down_proj"], gate.mul_(linear(maps["up_proj"], normed))).add_(hidden)
 
 
+def packed_llama_block(
+    block: Any, hidden: Tensor, rows: PackedRows, angles: tuple[Tensor, Tensor], *, last_only: bool = False
+) -> Tensor:
+    """[M, D] -> [M, D], or of the answer positions [N, D] with ``last_only``; differentiable.  ``angles``: see ``packed``."""
+    attention = block.self_attn
+    assert isinstance(attention, LlamaAttention)
+    by_head = (hidden.shape[0], -1, attention.head_dim)
+    normed = block.input_layernorm(hidden)
+    key = rotated(attention.k_proj(normed).view(by_head), *angles)
+    value = attention.v_proj(normed).view(by_head)
+    cos, sin = angles
+    if last_only:
+        hidden, normed, cos, sin = (whole.index_select(0, rows.answers) for whole in (hidden, normed, cos, sin))
+    attended = rows.attend(
+        rotated(attention.q_proj(normed).view(len(hidden), -1, attention.head_dim), cos, sin),
+        key,
+        value,
+        at_answers=last_only,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+    )
+    hidden = hidden + attention.o_proj(attended)
+    return hidden + block.mlp(block.post_attention_layernorm(hidden))
+
+
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Queries or keys [R, H, T, E] turned by their positions' angles; ``sin`` has its first half negated."""
+    """Queries or keys [R, H, T, E] or [M, H, E] turned by their positions' angles; ``sin`` has its first half negated."""
     half = heads.shape[-1] // 2
     return (heads * cos).add_(torch.cat((heads[..., half:], heads[..., :half]), dim=-1).mul_(sin))
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
 
 from free_dist.backbones.lean_layers import linear
+from free_dist.backbones.packed import PackedRows
 from free_dist.backbones.span import ContiguousSpan, LayerCache, Memory, Span
 
 
@@ -65,7 +66,7 @@ def call_t5_block(
     block: nn.Module,
     hidden: Tensor,
     cache: LayerCache | None = None,
-    span: Span | None = None,
+    span: Span | PackedRows | None = None,
     last_only: bool = False,
     memory: Memory | None = None,
 ) -> Tensor:
@@ -74,7 +75,7 @@ def call_t5_block(
     Decoding (a cache, which holds the memory) takes the lean path, which fires no module hooks and needs gradients disabled.
     Without a cache ``memory`` must be given, and a span of all T positions that went through ``Backbone.with_shared``.
     """
-    assert span is not None, "T5's blocks need the span that holds their position bias"
+    assert isinstance(span, Span), "T5's blocks need the span that holds their position bias"
     if cache is not None:
         return t5_block(block, hidden, cache, span, last_only=last_only)
     assert memory is not None, "T5's blocks need what the encoder read"

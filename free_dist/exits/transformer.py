@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from free_dist.backbones import Backbone, Memory, Span
+from free_dist.backbones.packed import PackedRows
 from free_dist.config import ConfigError
 from free_dist.exits.variants import ExitVariant, new_exit_transformer
 
@@ -74,18 +75,21 @@ class ExitBank(nn.Module):
         positions: Tensor | None = None,
         *,
         memory: Memory | None = None,
-        span: Span | None = None,
+        span: Span | PackedRows | None = None,
     ) -> Tensor:
         """Hidden states ``h_k``, one [B, T, D] per exit -> normed exit features [K, N, D].
 
         ``positions`` [B, T] selects the N positions that are kept, row by row; None keeps all, giving [K, B, T, D].
-        ``memory`` and ``span`` are those of ``BackboneFeatures``.
+        ``memory`` and ``span`` are those of ``BackboneFeatures``; packed rows, taps [M, D], know their answer positions.
         """
+        only_answers = isinstance(span, PackedRows) and span.at_answers is not None
         states = [
-            exit_transformer(tap, span=span, memory=memory)
+            exit_transformer(tap, span=span, memory=memory, last_only=only_answers)
             for exit_transformer, tap in zip(self.transformers, taps, strict=True)
         ]
-        if positions is not None:
+        if isinstance(span, PackedRows):
+            states = states if only_answers else [state.index_select(0, span.answers) for state in states]
+        elif positions is not None:
             states = [state[positions] for state in states]
         return self.final_norm(torch.stack(states))
 

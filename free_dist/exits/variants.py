@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from free_dist.backbones import LayerCache, Memory, Span
 from free_dist.backbones.base import BlockCall
+from free_dist.backbones.packed import PackedRows
 from free_dist.backbones.replica import replica
 from free_dist.config import EXIT_VARIANTS, ConfigError, ExitsConfig
 
@@ -67,12 +68,15 @@ class ExitTransformer(nn.Module, ABC):
         self,
         hidden: Tensor,
         cache: LayerCache | None = None,
-        span: Span | None = None,
+        span: Span | PackedRows | None = None,
         *,
         last_only: bool = False,
         memory: Memory | None = None,
     ) -> Tensor:
-        """``h_k`` [B, T, D] -> un-normed exit state [B, T, D], or of the last position, [B, 1, D]; see ``BlockCall``."""
+        """``h_k`` [B, T, D] -> un-normed exit state [B, T, D], or of the last position, [B, 1, D]; see ``BlockCall``.
+
+        Of packed rows [M, D] -> [M, D], or of the answer positions, [N, D].
+        """
 
     def merged(self) -> ExitTransformer:
         """The same function in the form that decodes fastest; itself where it has only one."""
@@ -91,7 +95,7 @@ class BlockExit(ExitTransformer):
         self,
         hidden: Tensor,
         cache: LayerCache | None = None,
-        span: Span | None = None,
+        span: Span | PackedRows | None = None,
         *,
         last_only: bool = False,
         memory: Memory | None = None,
@@ -163,13 +167,13 @@ class BottleneckExit(ExitTransformer):
         self,
         hidden: Tensor,
         cache: LayerCache | None = None,
-        span: Span | None = None,
+        span: Span | PackedRows | None = None,
         *,
         last_only: bool = False,
         memory: Memory | None = None,
     ) -> Tensor:
         if last_only:
-            hidden = hidden[:, -1:]
+            hidden = hidden.index_select(0, span.answers) if isinstance(span, PackedRows) else hidden[:, -1:]
         # A residual stream may be wider than the weights it passes.
         normed = self.norm(hidden.to(self.norm.weight.dtype))
         return hidden + self.up(F.gelu(self.down(normed)))

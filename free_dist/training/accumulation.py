@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from free_dist.config import LossConfig
+from free_dist.config import CostConfig, LossConfig
 from free_dist.data.samples import IGNORE, Batch
 from free_dist.distributed import all_reduce_mean
 from free_dist.engines import Engines
@@ -21,7 +21,9 @@ SUMMED = ("answer_tokens",)
 """What is counted over the micro-batches of a step."""
 
 
-def train_step(engines: Engines, batches: Sequence[Batch], config: LossConfig, *, measure: bool) -> dict[str, Tensor]:
+def train_step(
+    engines: Engines, batches: Sequence[Batch], config: LossConfig, *, cost: CostConfig, measure: bool
+) -> dict[str, Tensor]:
     """Train on this rank's micro-batches of one step; returns what ``adversarial_step`` does, for the whole step.
 
     The mean over ranks of a returned value is the mean over the step's answer tokens.
@@ -29,7 +31,7 @@ def train_step(engines: Engines, batches: Sequence[Batch], config: LossConfig, *
     counts = torch.stack([(batch.targets != IGNORE).sum().float() for batch in batches])
     mean_tokens = all_reduce_mean(counts.mean().to(engines.device))
     reports = [
-        adversarial_step(engines, batch.to(engines.device), config, measure=measure, mean_tokens=mean_tokens)
+        adversarial_step(engines, batch.to(engines.device), config, cost=cost, measure=measure, mean_tokens=mean_tokens)
         for batch in batches
     ]
     report = dict(reports[-1])  # whether it stepped, and norms, stand in the last one alone

@@ -14,16 +14,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from free_dist.config import LossConfig
+from free_dist.backbones.packed import Packing
+from free_dist.config import CostConfig, LossConfig
 from free_dist.data.samples import IGNORE, Batch
 from free_dist.distributed import all_reduce_mean
 from free_dist.engines import Engines, frozen, joint_step
 from free_dist.exits import ExitBank
-from free_dist.losses import CHUNK, cross_entropy_loss, discriminator_loss, distillation_loss, generator_loss
+from free_dist.losses import (
+    cross_entropy_loss,
+    discriminator_loss,
+    distillation_loss,
+    generator_loss,
+    head_parts,
+    in_parts,
+)
 
 
 def adversarial_step(
-    engines: Engines, batch: Batch, config: LossConfig, *, measure: bool = False, mean_tokens: Tensor | None = None
+    engines: Engines,
+    batch: Batch,
+    config: LossConfig,
+    *,
+    cost: CostConfig | None = None,
+    measure: bool = False,
+    mean_tokens: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Train exits and discriminators on one micro-batch; the weights move at the accumulation boundary.
 
@@ -36,15 +50,17 @@ def adversarial_step(
     of the tokens, so the mean of a returned value over ranks (``all_reduce_mean``) is the global value.  ``mean_tokens``: the
     mean number of answer tokens over all micro-batches of the step and all ranks; with it the mean is over the whole step.
     """
-    bank = engines.exits.module
+    bank, cost = engines.exits.module, cost or CostConfig()
     weights = exit_weights(bank.exit_layers, config.exit_weighting).to(engines.device)
     answers = batch.targets != IGNORE  # [B, T]
     targets = batch.targets[answers]  # [N]
     share = token_share(answers, mean_tokens)
+    parts = head_parts(len(bank.exit_layers) * engines.most_positions(len(targets)), cost.head_chunk)
 
-    with torch.no_grad():
-        features = engines.backbone(**batch.inputs(), exit_layers=bank.exit_layers)
-    final = features.final[answers].to(engines.dtype)  # [N, D]
+    with torch.no_grad():  # one forward for both players
+        features = engines.backbone(**batch.inputs(), exit_layers=bank.exit_layers, packing=packing_of(cost, answers))
+    final = features.final if cost.packs else features.final[answers]
+    final = final.to(engines.dtype)  # [N, D]
     taps = [tap.to(engines.dtype) for tap in features.exits]
     fake = engines.exits(taps, answers, memory=features.memory, span=features.span)  # [K, N, D]
     real = final.expand_as(fake)
@@ -66,13 +82,14 @@ def adversarial_step(
         if engines.discriminators is not None:
             generator = share * generator_loss(classifiers(fake).float())
             report["g_loss"] = generator
-        task = share * task_loss(bank, fake, final, targets, config)
+        task = share * task_loss(bank, fake, final, targets, config, parts=parts)
         loss = (weights * (config.adversarial_weight * generator + config.task_weight * task)).sum()
         engines.exits.backward(loss)
 
     report |= {"task_loss": task, "loss": loss, "answer_tokens": answers.sum().float()}
     if measure:
-        report |= {name: share * value for name, value in agreement_metrics(bank, fake, final, targets).items()}
+        metrics = agreement_metrics(bank, fake, final, targets, parts=parts)
+        report |= {name: share * value for name, value in metrics.items()}
     losses = torch.cat([loss.reshape(1), *(report[name] for name in ("d_loss",) if name in report)])
     moved = joint_step(engines, losses.detach())
     if moved is not None:
@@ -81,16 +98,30 @@ def adversarial_step(
     return {name: value.detach() for name, value in report.items()}
 
 
-def task_loss(bank: ExitBank, fake: Tensor, final: Tensor, targets: Tensor, config: LossConfig) -> Tensor:
+def packing_of(cost: CostConfig, answers: Tensor) -> Packing | None:
+    """What a recipe lets blocks leave out of a batch with these answer positions [B, T]; None for padded rows."""
+    if not cost.packs:
+        return None
+    return Packing(
+        answers=answers,
+        drop_padding=cost.drop_padding,
+        share_prefix=cost.share_prefix,
+        answer_queries=cost.answer_queries,
+    )
+
+
+def task_loss(
+    bank: ExitBank, fake: Tensor, final: Tensor, targets: Tensor, config: LossConfig, *, parts: int | None = None
+) -> Tensor:
     """CE to ``targets`` [N] (supervised) or KL to the frozen model at ``final`` [N, D] (unsupervised), [K].
 
     Without weight it is still measured, but takes no part in the backward pass.
     """
     with torch.set_grad_enabled(config.task_weight != 0):
         if config.mode == "supervised":
-            return cross_entropy_loss(bank, fake, targets)
+            return cross_entropy_loss(bank, fake, targets, parts=parts)
         if config.mode == "unsupervised":
-            return distillation_loss(bank, fake, final, config.temperature)
+            return distillation_loss(bank, fake, final, config.temperature, parts=parts)
     raise ValueError(f"loss.mode={config.mode!r}: want supervised or unsupervised")
 
 
@@ -114,14 +145,16 @@ def token_share(answers: Tensor, mean_tokens: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def agreement_metrics(bank: ExitBank, fake: Tensor, final: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def agreement_metrics(
+    bank: ExitBank, fake: Tensor, final: Tensor, targets: Tensor, *, parts: int | None = None
+) -> dict[str, Tensor]:
     """How near the exits [K, N, D] are to the full model [N, D], as means over this rank's answer tokens.
 
     ``agreement``: same most likely token as the full model, [K]; ``accuracy``: the target's, [K]; ``accuracy_full``: the
     full model's own, scalar; ``cosine``: between exit and final feature, [K].
     """
-    parts = zip(fake.split(CHUNK, dim=1), final.split(CHUNK), strict=True)
-    predicted = [(bank.logits(part).argmax(-1), bank.logits(rest).argmax(-1)) for part, rest in parts]
+    pieces = in_parts(fake, final, head_parts(fake.shape[0] * fake.shape[1]) if parts is None else parts)
+    predicted = [(bank.logits(part).argmax(-1), bank.logits(rest).argmax(-1)) for part, rest in pieces]
     exits = torch.cat([exit_tokens for exit_tokens, _ in predicted], dim=1)  # [K, N]
     full = torch.cat([full_tokens for _, full_tokens in predicted])  # [N]
     return {

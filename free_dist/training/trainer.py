@@ -108,6 +108,8 @@ def train(
         recipe.backbone.path, dtype=dtype, sharding=sharded_loading(ds_config["backbone"]), **options
     )
     use_visual_cache(recipe.data, backbone, encoder)
+    if recipe.cost.packs:
+        backbone.check_packing(share_prefix=recipe.cost.share_prefix)
     if backbone.layout.num_query_tokens + recipe.decoding.max_new_tokens >= backbone.max_positions:
         raise ConfigError(
             f"decoding.max_new_tokens={recipe.decoding.max_new_tokens}: the backbone has {backbone.max_positions} positions, "
@@ -185,7 +187,7 @@ def train(
             measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
             micro_batches = list(itertools.islice(batches, accumulation))
             samples.add(step, micro_batches)
-            report = train_step(engines, micro_batches, recipe.loss, measure=measure)
+            report = train_step(engines, micro_batches, recipe.loss, cost=recipe.cost, measure=measure)
             tokens += sum(_text_tokens(batch, encoder) for batch in micro_batches)
             monitor.advance(samples=rows)
             if measure:

@@ -13,7 +13,7 @@ import scene
 import torch
 from ranks import run_ranks
 
-from free_dist.config import LossConfig, TrainingConfig
+from free_dist.config import CostConfig, LossConfig, TrainingConfig
 from free_dist.distributed import World
 
 LOSS = LossConfig(adversarial_weight=0.3)
@@ -56,7 +56,7 @@ def part_of_run(directory: Path, until: int, sections: dict[str, Any], **trainin
                 scene.batch(step, rank=micro * world.size + world.rank, world_size=accumulation * world.size)
                 for micro in range(accumulation)
             ]
-            report = train_step(engines, pieces, LOSS, measure=False)
+            report = train_step(engines, pieces, LOSS, cost=CostConfig(), measure=False)
             losses[step] = all_reduce_mean(report["loss"]).item()
             checkpoints.after_step(step, report["loss"], last=step == until)
     return {"losses": losses, "state": whole_state(engines), "told": told, "random": torch.rand(4)}
@@ -158,6 +158,7 @@ def weights(accumulations: list[int]) -> list[dict[str, torch.Tensor]]:
                 engines,
                 [scene.batch(step, rank=share, world_size=accumulation * size) for share in shares],
                 LOSS,
+                cost=CostConfig(),
                 measure=False,
             )
         found.append(scene.gathered(engines.exits.module) | scene.gathered(engines.discriminators.module))

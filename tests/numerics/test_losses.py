@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from free_dist import losses
 from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.embedded import new_model
 from free_dist.exits import ExitBank
@@ -73,12 +72,13 @@ def test_distillation_of_the_full_model_into_itself_is_zero(bank, final):
     assert distillation_loss(bank, final.expand(K, -1, -1), final).abs().max() < 1e-6
 
 
-def test_chunking_over_positions_changes_neither_value_nor_gradient(bank, features, final, monkeypatch):
+def test_reading_the_head_in_parts_changes_neither_value_nor_gradient(bank, features, final):
     results = []
-    for chunk in (10_000, 4):
-        monkeypatch.setattr(losses, "CHUNK", chunk)
+    for parts in (1, 4, N + 3):
         leaf = features.clone().requires_grad_()
-        total = cross_entropy_loss(bank, leaf, torch.arange(N)) + distillation_loss(bank, leaf, final)
+        total = cross_entropy_loss(bank, leaf, torch.arange(N), parts=parts)
+        total = total + distillation_loss(bank, leaf, final, parts=parts)
         total.sum().backward()
         results.append((total.detach(), leaf.grad))
     torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])

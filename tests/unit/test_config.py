@@ -202,6 +202,8 @@ def test_malformed_override_is_told_clearly(override: str, message: str) -> None
         (["loss.task_weight=-1"], "loss.task_weight"),
         (["loss.task_weight=0", "loss.adversarial_weight=0"], "loss.task_weight"),
         (["loss.temperature=0"], "loss.temperature"),
+        (["cost.head_chunk=0"], "cost.head_chunk"),
+        (["cost.share_prefix=true", "backbone.attn_implementation=flash_attention_2"], "cost.share_prefix"),
         (["training.max_steps=0"], "training.max_steps"),
         (["training.save_every=-1"], "training.save_every"),
         (["training.keep_last=0"], "training.keep_last"),
