@@ -127,14 +127,14 @@ def recipe_help() -> str:
 
 @contextmanager
 def fail_clearly(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turn a user's mistake into one line on standard error and exit code 2, as argparse does for its own flags.
+    """Turn a UserError into one line on standard error and its exit code: 2, argparse's own, unless it says otherwise.
 
     Every exception that is not a UserError keeps its traceback, because it is a defect.
     """
     try:
         yield
     except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(error.exit_code, f"{parser.prog}: error: {error}\n")
 
 
 @cache

@@ -16,10 +16,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 FLOORS = (
-    {"atomic", "config", "distributed", "ds_config", "recipe_checks", "recipe_io"},
+    {"atomic", "config", "distributed", "ds_config", "recipe_checks", "recipe_io", "watchdog"},
     {"backbones"},
     {"exits", "losses"},
-    {"engines", "decoding", "data", "monitor"},
+    {"engines", "decoding", "data", "monitor", "gradients", "flops"},
     {"training", "evaluation", "planning"},
     {"launch"},
 )

@@ -36,8 +36,12 @@ FREE_FIELDS = frozenset(
         "finetune.keep_adapter",
         "finetune.save_every",
         "training.expected_world_size",
+        "training.hang_timeout",
         "training.log_every",
+        "training.max_skipped_in_a_row",
+        "training.peak_tflops",
         "training.sample_every",
+        "training.stall_timeout",
     }
 )
 """Fields of those sections that may change between the parts of a resumed run."""

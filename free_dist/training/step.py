@@ -20,14 +20,18 @@ from free_dist.distributed import all_reduce_mean
 from free_dist.engines import Engines, frozen, joint_step
 from free_dist.exits import ExitBank
 from free_dist.losses import CHUNK, cross_entropy_loss, discriminator_loss, distillation_loss, generator_loss
+from free_dist.training.exit_health import ExitHealth
 
 
-def adversarial_step(engines: Engines, batch: Batch, config: LossConfig, *, measure: bool = False) -> dict[str, Tensor]:
+def adversarial_step(
+    engines: Engines, batch: Batch, config: LossConfig, *, measure: bool = False, health: ExitHealth | None = None
+) -> dict[str, Tensor]:
     """Train exits and discriminators on one micro-batch; the weights move at the accumulation boundary.
 
     Both players' gradients are taken at the same weights and both step afterwards, or neither does.  Returns detached
     tensors: [K] per exit ``task_loss, g_loss, d_loss, d_accuracy_real, d_accuracy_fake`` (the last four when adversarial)
-    and, with ``measure``, what :func:`agreement_metrics` gives; scalars ``loss`` and ``answer_tokens``; at a boundary also
+    and, with ``measure``, what :func:`agreement_metrics` gives; what ``health`` measures, if given; scalars ``loss`` and
+    ``answer_tokens``; at a boundary also
     ``stepped`` (1 or 0) and ``grad_norm/exits``, ``grad_norm/discriminators``.
 
     A mean is taken over the answer tokens of the micro-batch on *all* ranks: every rank weights its own mean by its share
@@ -70,6 +74,8 @@ def adversarial_step(engines: Engines, batch: Batch, config: LossConfig, *, meas
     report |= {"task_loss": task, "loss": loss, "answer_tokens": answers.sum().float()}
     if measure:
         report |= {name: share * value for name, value in agreement_metrics(bank, fake, final, targets).items()}
+    if health is not None:
+        report |= health.measure(bank, fake, final)
     losses = torch.cat([loss.reshape(1), *(report[name] for name in ("d_loss",) if name in report)])
     moved = joint_step(engines, losses.detach())
     if moved is not None:

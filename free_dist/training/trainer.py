@@ -47,6 +47,7 @@ from free_dist.exits.manifest import BackboneFacts, decoding_settings
 from free_dist.exits.transformer import check_exit_layers, init_block
 from free_dist.exits.variants import ExitVariant
 from free_dist.monitor import Monitor
+from free_dist.training.run_watch import RunWatch
 from free_dist.training.runs import EXPORT, file_hash, provenance
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.step import adversarial_step
@@ -139,23 +140,26 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
         StopFlag(world.device) as stop,
         Monitor(run_dir, total_steps=steps, description="training exits", enabled=world.is_main) as monitor,
     ):
+        watch = RunWatch.of_exits(recipe, engines, world, monitor, eos_token_id=encoder.layout.eos_token_id)
         tokens = torch.zeros((), dtype=torch.long, device=world.device)
         for step in range(1, steps + 1):
             measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
             for _ in range(accumulation):
-                batch = next(batches).to(world.device)
-                report = adversarial_step(engines, batch, recipe.loss, measure=measure)
+                batch = watch.next(batches).to(world.device)
+                report = watch.around(adversarial_step, engines, batch, recipe.loss, measure=measure)
                 tokens += _text_tokens(batch, encoder)
+            watch.step_done(step)
             monitor.advance(samples=micro_batch_size(ds_config) * accumulation * world.size)
             if measure:
-                values = _scalars(report, bank.exit_layers, engines, batch.task)
+                values = _scalars(report, bank.exit_layers, engines, batch.task) | watch.measured()
                 monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
+                watch.look(step, values, last=step == steps)
                 tokens.zero_()
             if recipe.training.sample_every and step % recipe.training.sample_every == 0:
                 with gathered(engines.exits):
                     if decoder is not None:
                         _log_samples(monitor, step, decoder, bank, encoder, recipe)
-            stopped = stop.agreed()
+            stopped = stop.agreed() or watch.stopped
             if stopped:
                 break
     export = run_dir / EXPORT
@@ -182,6 +186,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
                     **versions,
                 },
             )
+    watch.raise_if_stopped(export)
     if stopped:
         raise Interrupted(f"stopped after step {step} of {steps}; exits exported to {export}")
     return export
@@ -204,6 +209,7 @@ def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: E
         "agreement": f"agreement_with_full_{task}",
         "accuracy": f"token_accuracy_{task}",
         "cosine": "cosine_to_full",
+        "kl_to_full": f"kl_to_full_{task}",
     }
     values: dict[str, float] = {}
     for key, value in report.items():
@@ -211,7 +217,9 @@ def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: E
             values["batch/answer_tokens"] = all_reduce_sum(value).item()
         elif value.ndim:
             per_exit = all_reduce_mean(value.float()).tolist()
-            values |= {f"{names[key]}/exit_{k}": number for k, number in zip(exit_layers, per_exit, strict=True)}
+            values |= {
+                f"{names.get(key, key)}/exit_{k}": number for k, number in zip(exit_layers, per_exit, strict=True)
+            }
         elif key.startswith("grad_norm/"):
             values[key] = value.item()
         else:
