@@ -51,6 +51,7 @@ from free_dist.training.run_watch import RunWatch
 from free_dist.training.runs import EXPORT, file_hash, provenance
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.step import adversarial_step
+from free_dist.watchdog import Watchdog
 
 SHOWN_SAMPLES = 4
 """Samples per task whose generated text is logged."""
@@ -138,6 +139,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
     stopped = False
     with (
         StopFlag(world.device) as stop,
+        Watchdog.of(recipe, world) as watchdog,
         Monitor(run_dir, total_steps=steps, description="training exits", enabled=world.is_main) as monitor,
     ):
         watch = RunWatch.of_exits(recipe, engines, world, monitor, eos_token_id=encoder.layout.eos_token_id)
@@ -149,6 +151,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
                 report = watch.around(adversarial_step, engines, batch, recipe.loss, measure=measure)
                 tokens += _text_tokens(batch, encoder)
             watch.step_done(step)
+            watchdog.beat(step)
             monitor.advance(samples=micro_batch_size(ds_config) * accumulation * world.size)
             if measure:
                 values = _scalars(report, bank.exit_layers, engines, batch.task) | watch.measured()
