@@ -7,19 +7,22 @@ know engines, batches or what is done about an alarm (``free_dist.training.run_w
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, log
 from statistics import median
 
 from free_dist.config import AlarmsConfig
 
-KL_FLOOR = 0.1
+KL_FLOOR = 0.5
 """Nats by which a KL must also have risen: near zero every ratio is large."""
 
 GAP = 0.1
 """Distance between confidence and agreement that makes exits piled in one place a failure of the threshold."""
+
+CHANCE = 2 * log(2)
+"""Loss of a discriminator that tosses a coin."""
 
 BLIND = 0.95
 """Share of real, and of fake, features that get the same verdict from a discriminator that tells nothing apart."""
@@ -54,6 +57,7 @@ class AlarmRules:
         self._least_kl: dict[str, float] = {}
         self._first_norm: float | None = None
         self._left_half: set[int] = set()
+        self._judged: Counter[int] = Counter()
         self._failing: set[tuple[str, str]] = set()
 
     def look(
@@ -132,13 +136,23 @@ class AlarmRules:
                     f"the discriminator of exit {k} is right in {min(both):.3f} and teaches it nothing: lower its learning "
                     "rate in --ds_config, or loss.adversarial_weight",
                 )
-            if both and (k not in self._left_half or all(_blind(a, b) for a, b in zip(real, fake, strict=True))):
+            self._judged[k] += bool(both)
+            never = k not in self._left_half and self._judged[k] > self._config.window
+            if both and (never or all(_blind(a, b) for a, b in zip(real, fake, strict=True))):
                 yield (
                     "discriminator_loses",
                     str(k),
                     f"the discriminator of exit {k} does not tell exit features from final ones (accuracy "
                     f"{median(both):.3f}, real {real[-1]:.2f}, fake {fake[-1]:.2f}): it does not learn; change its learning "
                     "rate in --ds_config",
+                )
+            loss = self._window(f"loss_discriminator/exit_{k}")
+            if loss and min(loss) > 2 * CHANCE:
+                yield (
+                    "discriminator_loses",
+                    f"loss {k}",
+                    f"the discriminator of exit {k} is worse than a coin (loss {min(loss):.3g}, chance {CHANCE:.2f}): it "
+                    "diverges; lower its learning rate in --ds_config",
                 )
 
     def _vanished_gradient(self) -> Iterator[tuple[str, str, str]]:
@@ -155,11 +169,15 @@ class AlarmRules:
 
     def _untrained(self) -> Iterator[tuple[str, str, str]]:
         if len(self._unmoved) == self._config.window:
+            groups: dict[str, list[str]] = {}
             for name in sorted(frozenset.intersection(*self._unmoved)):
+                groups.setdefault(owner(name, self._exits), []).append(name.partition(": ")[2])
+            for where, names in groups.items():
                 yield (
                     "no_training",
-                    name,
-                    f"{name} gets no gradient, or one of zeros: it is trained, but nothing that is minimised depends on it",
+                    f"{where} {len(names)}",
+                    f"{where}: no gradient, or one of zeros, for {', '.join(names)}: trained, but nothing that is minimised "
+                    "depends on it",
                 )
 
     def _rising_kl(self) -> Iterator[tuple[str, str, str]]:
@@ -252,3 +270,10 @@ class AlarmRules:
 
 def _blind(real: float, fake: float) -> bool:
     return min(real, 1 - fake) > BLIND or min(1 - real, fake) > BLIND
+
+
+def owner(name: str, exit_layers: Sequence[int]) -> str:
+    """Engine and exit of a watched parameter: ``exits: transformers.1.fc1.weight`` -> ``engine exits, exit 4``."""
+    engine, _, parameter = name.partition(": ")
+    parts = parameter.split(".")
+    return f"engine {engine}" + (f", exit {exit_layers[int(parts[1])]}" if parts[0] == "transformers" else "")

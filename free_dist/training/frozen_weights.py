@@ -16,7 +16,7 @@ from torch import Tensor, nn
 CHUNK = 1 << 20
 """Elements that are converted at once."""
 
-SHARE = 0.002
+SHARE = 0.005
 """Share of a run's time that looking may take."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
