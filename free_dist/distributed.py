@@ -201,7 +201,14 @@ def _start(local_rank: int, timeout: timedelta) -> torch.device:
             )
         torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank) if name == "cuda" else torch.device("cpu")
-    deepspeed.init_distributed(
-        dist_backend="nccl" if name == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=timeout
-    )
+    backend = "nccl" if name == "cuda" else "gloo"
+    try:
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    except torch.distributed.DistNetworkError as error:
+        port = os.environ["MASTER_PORT"]
+        taken = "EADDRINUSE" in str(error) or "address already in use" in str(error)
+        raise UserError(
+            f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={port}: "
+            + ("the port is in use: start with another --master_port" if taken else f"no connection: {error}")
+        ) from error
     return device

@@ -16,7 +16,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 FLOORS = (
-    {"atomic", "config", "distributed", "ds_config", "recipe_checks", "recipe_io", "watchdog"},
+    {"atomic", "config", "disk_errors", "distributed", "ds_config", "recipe_checks", "recipe_io", "watchdog"},
     {"backbones"},
     {"exits", "losses"},
     {"engines", "decoding", "data", "monitor", "gradients", "flops"},
@@ -29,7 +29,7 @@ MAY_IMPORT_DEEPSPEED = {"free_dist.engines", "free_dist.distributed", "free_dist
 KEPT_FROM_DISTRIBUTION = {"backbones", "exits", "decoding", "data"}
 """Rooms that run in any process: no torch.distributed, not even through a module of ours."""
 
-NEEDED_BEFORE_TORCH = {"atomic", "config", "ds_config", "recipe_checks", "recipe_io"}
+NEEDED_BEFORE_TORCH = {"atomic", "config", "disk_errors", "ds_config", "recipe_checks", "recipe_io"}
 """Rooms that report a user's mistake before torch is imported."""
 
 MAX_LINES = 400

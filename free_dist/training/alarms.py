@@ -147,7 +147,7 @@ class AlarmRules:
                     "rate in --ds_config",
                 )
             loss = self._window(f"loss_discriminator/exit_{k}")
-            if loss and min(loss) > 2 * CHANCE:
+            if loss and min(loss) > 3 * CHANCE:
                 yield (
                     "discriminator_loses",
                     f"loss {k}",

@@ -88,7 +88,7 @@ class ExitHealth:
 
 def _bins(confidence: Tensor, agree: Tensor) -> Tensor:
     """[K, M] each -> [K, BINS, 3]: number, summed confidence and summed agreement of the positions in each bin."""
-    place = (confidence * BINS).long().clamp_(max=BINS - 1)
+    place = (confidence.nan_to_num(0.0) * BINS).long().clamp_(0, BINS - 1)
     member = F.one_hot(place, BINS).float()  # [K, M, bins]
     return torch.stack([member.sum(1), *(torch.einsum("kmb,km->kb", member, x) for x in (confidence, agree))], dim=-1)
 

@@ -7,6 +7,7 @@ ranks and logged; does not know when a measured value is a failure (``free_dist.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from free_dist.engines import DeepSpeedEngine, Engines
 from free_dist.flops import FlopMeter, measured_peak, peak_source
 from free_dist.gradients import GradientNorms
 from free_dist.monitor import Monitor
-from free_dist.training.alarms import Alarm, AlarmRules
+from free_dist.training.alarms import Alarm, AlarmRules, owner
 from free_dist.training.exit_health import ExitHealth
 from free_dist.training.frozen_weights import FrozenWeights
 from free_dist.training.rank_clock import RankClock
@@ -219,7 +220,7 @@ class RunWatch:
                 for name in ("task_loss", "g_loss", "d_loss")
                 if name in report
                 for k, value in zip(layers, report[name].tolist(), strict=True)
-                if not _finite(value)
+                if not math.isfinite(value)
             }
             parts += sorted(bad)
             spoilt = [
@@ -242,10 +243,7 @@ def _by_engine(names: Sequence[str], exit_layers: Sequence[int]) -> list[str]:
     """Names of gradients, ``exits: transformers.1.fc1.weight``, told by engine and exit with a few examples each."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        engine, _, parameter = name.partition(": ")
-        parts = parameter.split(".")
-        where = f" of exit {exit_layers[int(parts[1])]}" if parts[0] == "transformers" else ""
-        groups.setdefault(f"gradients of engine {engine}{where}", []).append(parameter)
+        groups.setdefault(f"gradients of {owner(name, exit_layers)}", []).append(name.partition(": ")[2])
     return [
         f"{group} ({found[0]}{f' and {len(found) - 1} more' * (len(found) > 1)})" for group, found in groups.items()
     ]
@@ -253,10 +251,6 @@ def _by_engine(names: Sequence[str], exit_layers: Sequence[int]) -> list[str]:
 
 def _listed(keys: Sequence[str]) -> str:
     return " ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0
 
 
 def _quarantined(path: Path) -> int:

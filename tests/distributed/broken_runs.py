@@ -36,8 +36,9 @@ def run(
     *,
     sections: dict[str, dict[str, Any]] | None = None,
     factor: Callable[[int], float] = lambda step: 1.0,
-    loss: Callable[[int], LossConfig] = lambda step: LossConfig(adversarial_weight=0.3),
+    loss: Callable[[int], LossConfig] = lambda step: LossConfig(mode="unsupervised"),
     batch: Callable[[int, Batch], Batch] = lambda step, batch: batch,
+    before: Callable[[nn.Module], object] = lambda classifiers: None,
     breakage: Callable[[Engines], object] = lambda engines: None,
     at_step: Callable[[int, Engines], object] = lambda step, engines: nullcontext(),
     threshold: float = THRESHOLD,
@@ -50,6 +51,7 @@ def run(
     world = World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"))
     sections = sections or scene.sections(world_size=size, accumulation=accumulation)
     backbone, bank, classifiers = scene.modules()
+    before(classifiers)
     engines = build_engines(backbone, bank, classifiers, sections, factor)
     engines.exits.train()
     breakage(engines)
@@ -93,9 +95,9 @@ def detached(engines: Engines) -> None:
     engines.exits.module.transformers[0].register_forward_hook(lambda _module, _inputs, output: output.detach())
 
 
-def blind(engines: Engines) -> None:
+def blind(classifiers: nn.Module) -> None:
     """A discriminator with one verdict for everything, which its learning rate of zero keeps."""
-    for parameter in engines.discriminators.module.parameters():
+    for parameter in classifiers.parameters():
         nn.init.zeros_(parameter)
 
 
@@ -128,6 +130,11 @@ def only(target: int) -> Callable[[int, Batch], Batch]:
     )
 
 
+def labels(_step: int) -> LossConfig:
+    """Labels instead of the full model's own predictions."""
+    return LossConfig()
+
+
 def delayed(engines: Engines) -> None:
     """Rank 1 needs 60 ms more for its own work."""
     if torch.distributed.get_rank() == 1:
@@ -139,23 +146,62 @@ def one_process() -> dict[str, tuple[Log, str]]:
     return {
         "healthy": run(steps=24),
         "discriminator too fast": run(sections=faster("discriminators", 1000)),
-        "discriminator blind": run(sections=faster("discriminators", 0), breakage=blind),
+        "discriminator blind": run(sections=faster("discriminators", 0), before=blind),
         "exit detached": run(breakage=detached),
         "weight overwritten": run(at_step=overwritten),
-        "one for all": run(breakage=one_for_all),
+        "one for all": run(breakage=one_for_all, loss=lambda step: LossConfig(adversarial_weight=0.3)),
         "constant": run(breakage=constant),
         "exits too fast, late": run(factor=lambda step: 1.0 if step < 8 else 200.0),
-        "wrong labels": run(factor=lambda step: 5.0, batch=only(77), steps=40),
-        "ends at once": run(factor=lambda step: 5.0, batch=only(EOS), steps=24),
+        "wrong labels": run(factor=lambda step: 5.0, batch=only(77), loss=labels, steps=24),
+        "ends at once": run(factor=lambda step: 5.0, batch=only(EOS), loss=labels),
         "never leaves": run(threshold=1.1),
         "no loss left": run(
             loss=lambda step: LossConfig(
-                adversarial_weight=0.3 if step < 8 else 1e-9, task_weight=1.0 if step < 8 else 1e-9
+                adversarial_weight=0.1 if step < 8 else 1e-9, task_weight=1.0 if step < 8 else 1e-9
             )
         ),
     }
 
 
-def two_processes() -> tuple[Log, str]:
-    """Two processes, one of them slow."""
-    return run(breakage=delayed)
+def spoilt(step: int, batch: Batch) -> Batch:
+    """In step 4 one image of rank 1 holds a number that is none."""
+    if step == 4 and torch.distributed.get_rank() == 1:
+        batch.pixel_values[1, 0, 3, 3] = float("nan")
+        return replace(batch, keys=tuple(f"rank-1-row-{row}" for row in range(len(batch.keys))))
+    return batch
+
+
+class overflowing_gradient:
+    """On rank 1, in step 6, the backward pass through the last exit gives infinity."""
+
+    def __init__(self, step: int, engines: Engines) -> None:
+        self._handle = None
+        if step == 6 and torch.distributed.get_rank() == 1:
+            self._handle = engines.exits.module.transformers[1].register_forward_hook(
+                lambda _module, _inputs, output: output.register_hook(lambda gradient: gradient * float("inf")) and None
+            )
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def two_processes() -> dict[str, tuple[Log, str]]:
+    """Two processes: one of them slow; inputs, gradients and losses that are not finite, once and again and again."""
+
+    def always(_step: int, batch: Batch) -> Batch:
+        batch.pixel_values.fill_(float("inf"))
+        return batch
+
+    def infinite(step: int) -> LossConfig:
+        return LossConfig(task_weight=float("inf") if step == 5 else 1.0)
+
+    return {
+        "slow": run(breakage=delayed, steps=8),
+        "input": run(batch=spoilt, steps=6),
+        "gradient": run(at_step=overflowing_gradient, steps=8, accumulation=2),
+        "loss": run(loss=infinite, steps=6),
+        "always": run(batch=always, max_skipped=3),
+    }

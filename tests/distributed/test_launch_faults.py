@@ -78,6 +78,7 @@ def one_line(command: list[str], wanted: str, **options: object) -> str:
     return lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_a_stopped_rank_is_named_and_its_launcher_ends_the_job(
     launcher: str, workplace: Path, tiny_root: Path, tmp_path: Path
@@ -112,3 +113,66 @@ def test_a_stopped_rank_is_named_and_its_launcher_ends_the_job(
     assert any(event.get("event") == "lost_rank" for event in events)
     # Its own bound, and the half minute that a launcher gives processes that do not answer.
     assert took < 3 + 12 + 40, took
+
+
+def test_an_alarm_that_stops_the_run_exports_and_ends_with_its_own_code(
+    workplace: Path, tiny_root: Path, tmp_path: Path
+) -> None:
+    changes = {"decoding__confidence_threshold": 1.1, "alarms__action": "stop", "alarms__window": 2}
+    changes |= {"alarms__calibration_error": 1, "alarms__discriminator_wins": 1}
+    run = arguments(workplace, tiny_root, tmp_path / "run", training__max_steps=12, **changes)
+    process = start([sys.executable, *run])
+    said, _ = process.communicate(timeout=200)
+    assert process.returncode == 3, said
+    assert "error: alarms.action=stop: piled_exits at step 6:" in said and "Traceback" not in said
+    assert "piled_exits at step 6: at decoding.confidence_threshold" in said
+    assert (tmp_path / "run" / "export" / "exits.json").is_file()
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events if "event" in event] == ["piled_exits"]
+
+
+def test_a_missing_data_set_is_one_line(workplace: Path, tmp_path: Path) -> None:
+    run = arguments(workplace, tmp_path / "nowhere", tmp_path / "run")
+    assert str(tmp_path / "nowhere") in one_line([sys.executable, *run], "data.root")
+
+
+def test_a_port_in_use_is_one_line(workplace: Path, tiny_root: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 29752))
+        taken.listen()
+        variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        run = arguments(workplace, tiny_root, tmp_path / "run")
+        line = one_line([sys.executable, *run], "port is in use", env=environment(MASTER_PORT="29752", **variables))
+    assert "MASTER_PORT=29752" in line
+
+
+@pytest.mark.parametrize("limit", [2_000, 60_000], ids=["log", "export"])
+def test_a_full_disk_is_one_line(limit: int, workplace: Path, tiny_root: Path, tmp_path: Path) -> None:
+    def no_larger_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    run = arguments(workplace, tiny_root, tmp_path / "run")
+    one_line([sys.executable, *run], os.strerror(errno.EFBIG), preexec_fn=no_larger_files)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user, who may not write")
+def test_a_run_directory_that_cannot_be_written_is_one_line(
+    workplace: Path, tiny_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    closed = tmp_path_factory.mktemp("closed")
+    closed.chmod(0o755)
+    for directory in (workplace, tiny_root, closed):  # pytest's own directories are root's alone
+        for parent in (directory, *directory.parents):
+            if parent.stat().st_mode & 0o005 != 0o005:
+                parent.chmod(parent.stat().st_mode | 0o005)
+    home = tmp_path_factory.mktemp("home")
+    home.chmod(0o777)
+
+    def nobody() -> None:
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+
+    run = arguments(workplace, tiny_root, closed / "run")
+    caches = {"HOME": str(home), "TORCH_EXTENSIONS_DIR": str(home / "extensions"), "PYTHONDONTWRITEBYTECODE": "1"}
+    line = one_line([sys.executable, *run], os.strerror(errno.EACCES), preexec_fn=nobody, env=environment(**caches))
+    assert str(closed / "run") in line
