@@ -3,8 +3,9 @@
 
     python benchmarks/monitoring.py --data data/easyvqa
 
-CPU time of this process, so that other programs do not count; on a GPU, elapsed time.  Prints one JSON line: the share of a
-step that watching adds, at --log_every steps a logged one, as the median over turns of both kinds.
+CPU time of this process, so that other programs hardly count; on a GPU, elapsed time.  Prints one JSON line: ``overhead``, the
+share of a step that watching adds at --log_every steps a logged one, as the median over turns of both kinds; and ``own_share``,
+the time inside the watch's own code over that of the steps it watched, which noise of the machine hardly moves.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from free_dist.watchdog import Watchdog
 
 
 def main() -> None:
+    """Read the command line and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--data", type=Path, default=Path("data/easyvqa"), help="directory of shards; default: %(default)s"
@@ -62,32 +64,60 @@ def measure(arguments: argparse.Namespace, run_dir: Path, world: Any) -> dict[st
     fixed = [next(batches).to(world.device) for _ in range(arguments.log_every)]
     clock = time.perf_counter if world.device.type == "cuda" else time.process_time
     seconds: dict[bool, list[float]] = {True: [], False: []}
+    inside = []
+
+    def step(*values: Any, **options: Any) -> dict[str, torch.Tensor]:
+        """The step itself, whose time is not the watch's own."""
+        start = clock()
+        result = adversarial_step(*values, **options)
+        inside.append(clock() - start)
+        return result
+
     with Watchdog.of(recipe, world), Monitor(run_dir, total_steps=1, description="", enabled=True) as monitor:
         watch = RunWatch.of_exits(recipe, engines, world, monitor, eos_token_id=encoder.layout.eos_token_id)
+        assert watch.health is not None
+        measure_health, health_seconds, own = watch.health.measure, [0.0], 0.0
+
+        def timed_health(*values: Any) -> dict[str, torch.Tensor]:
+            start = clock()
+            result = measure_health(*values)
+            health_seconds.append(clock() - start)
+            return result
+
+        watch.health.measure = timed_health
         for turn in range(2 * arguments.turns + 2):
             watched = turn % 2 == 1
             began = clock()
             for number, batch in enumerate(fixed, 1):
                 measured = number == len(fixed)
+                start = clock()
                 if watched:
                     batch = watch.next(iter([batch]))
-                    report = watch.around(adversarial_step, engines, batch, recipe.loss, measure=measured)
+                    report = watch.around(step, engines, batch, recipe.loss, measure=measured)
                     watch.step_done(number)
+                    own += clock() - start - inside[-1]
                 else:
                     report = adversarial_step(engines, batch, recipe.loss, measure=measured)
                 monitor.advance(samples=arguments.rows)
             values = _scalars(report, bank.exit_layers, engines, batch.task)
+            start = clock()
             if watched:
                 values |= watch.measured()
+                own += clock() - start
             monitor.scalars(number, values, tokens=int(all_reduce_sum(torch.ones(()))))
+            start = clock()
             if watched:
                 watch.look(number, values)
+                own += clock() - start
+            if turn == 1:
+                own, inside[:], health_seconds[:] = 0.0, [], []
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 2:  # the first turn of each kind warms up, and counts operations
                 seconds[watched].append((clock() - began) / len(fixed))
     with_it, without = (statistics.median(seconds[watched]) for watched in (True, False))
     return {
+        "own_share": (own + sum(health_seconds)) / (sum(inside) - sum(health_seconds)),
         "overhead": with_it / without - 1,
         "ms_per_step_watched": 1e3 * with_it,
         "ms_per_step_plain": 1e3 * without,

@@ -27,9 +27,6 @@ CHANCE = 2 * log(2)
 BLIND = 0.95
 """Share of real, and of fake, features that get the same verdict from a discriminator that tells nothing apart."""
 
-DRIFT = 0.1
-"""Distance between the confidence a text was decoded with and that of an exact recomputation."""
-
 SHORT = 0.7
 """Length of sample texts with exits over that without, below which exits cut texts short."""
 
@@ -254,7 +251,6 @@ class AlarmRules:
                 1,
                 "blocks are executed for every one that sample texts claim: no speed-up",
             ),
-            ("samples/confidence_drift", DRIFT, 1, "is how far decoded confidences lie from exact ones: caches drift"),
             (
                 "samples/length_ratio",
                 SHORT,
@@ -264,8 +260,8 @@ class AlarmRules:
         ):
             last = self._recent.get(name, ())
             if last and worse * (last[-1] - limit) > 1e-6:
-                kind = {"samples/blocks_over_claimed": "fake_speed_up", "samples/confidence_drift": "cache_drift"}
-                yield kind.get(name, "length_bias"), name, f"{last[-1]:.2f} {message}"
+                kind = "fake_speed_up" if worse > 0 else "length_bias"
+                yield kind, name, f"{last[-1]:.2f} {message}"
 
 
 def _blind(real: float, fake: float) -> bool:

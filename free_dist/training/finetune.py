@@ -34,11 +34,13 @@ from free_dist.ds_config import precision
 from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_loading, trained_weights
 from free_dist.monitor import LOG, Monitor
 from free_dist.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from free_dist.training.run_watch import RunWatch
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.stage1_result import save_backbone, save_trained
 from free_dist.training.stage1_run import ADAPTER, BACKBONE, CHECKPOINTS, forget_log_after
 from free_dist.training.trained_parts import describe_parts, set_training_mode, train_parts
 from free_dist.training.trainer import Interrupted
+from free_dist.watchdog import Watchdog
 
 __all__ = ["AnswerScores", "answer_loss", "augment_images", "finetune", "save_backbone", "teacher_forced_accuracy"]
 
@@ -146,28 +148,35 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
     set_training_mode(backbone.model)
     with (
         StopFlag(world.device) as stop,
+        Watchdog.of(recipe, world) as watchdog,
         Monitor(run_dir, total_steps=steps - done, description="stage 1", enabled=world.is_main) as monitor,
     ):
+        watch = RunWatch.of_backbone(recipe, engine, world, monitor)
         tokens = torch.zeros((), dtype=torch.long, device=world.device)
         for step in range(done + 1, steps + 1):
-            micro_batches = [batch.to(world.device) for batch in next(batches)]
+            micro_batches = [batch.to(world.device) for batch in watch.next(batches)]
             if settings.augment_images:
                 rng = _random(recipe, "augment", step, world)
                 micro_batches = [replace(b, pixel_values=augment_images(b.pixel_values, rng)) for b in micro_batches]
             torch.manual_seed(_random(recipe, "dropout", step, world).getrandbits(63))
+            watch.saw(micro_batches)
             loss = _train_one_step(engine, micro_batches, step, dtype, world)
+            watch.step_done(step)
+            watchdog.beat(step)
             tokens += torch.stack([_text_tokens(batch, encoder) for batch in micro_batches]).sum()
             monitor.advance(samples=sum(len(batch.keys) for batch in micro_batches) * world.size)
             if step == 1 or step % recipe.training.log_every == 0 or step == steps:
-                values = _scalars(engine, loss, micro_batches[0].task)
+                values = _scalars(engine, loss, micro_batches[0].task) | watch.measured()
                 monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
+                watch.look(step, values, last=step == steps)
                 tokens.zero_()
             if settings.eval_every and (step % settings.eval_every == 0 or step == steps):
                 monitor.scalars(step, _evaluate(engine, encoder, evaluated, section, world), tokens=0)
                 set_training_mode(backbone.model)
-            stopped = stop.agreed()
+            stopped = stop.agreed() or watch.stopped
             if stopped or step % settings.save_every == 0 or step == steps:
                 save_checkpoint(run_dir / CHECKPOINTS, engine, step=step, world=world)
+            watch.raise_if_stopped(run_dir / CHECKPOINTS)
             if stopped and step < steps:
                 raise Interrupted(f"stopped after step {step} of {steps}; the same command goes on from there")
     return _write_result(recipe, engine, start, world)

@@ -23,17 +23,16 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FrozenWeights:
-    """Remembers the parameters of modules that require no gradient, and the buffers, as they are at construction."""
+    """Remembers the parameters of modules that require no gradient, and the buffers of those that train nothing, as they are."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         """``modules``: name -> module; a tensor that several hold is looked at once."""
         self._tensors: dict[str, nn.Parameter | Tensor] = {}
         seen: set[int] = set()
         for prefix, module in modules.items():
-            frozen: Iterable[tuple[str, Tensor]] = (
-                *((name, p) for name, p in module.named_parameters() if not p.requires_grad),
-                *module.named_buffers(),
-            )
+            frozen: list[tuple[str, Tensor]] = [(n, p) for n, p in module.named_parameters() if not p.requires_grad]
+            if len(frozen) == sum(1 for _ in module.parameters()):  # else running means may move
+                frozen += module.named_buffers()
             for name, tensor in frozen:
                 if id(tensor) not in seen:
                     seen.add(id(tensor))

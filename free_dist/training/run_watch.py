@@ -33,7 +33,7 @@ from free_dist.training.rank_clock import RankClock
 
 T = TypeVar("T")
 
-SAMPLES = ("samples/blocks_over_claimed", "samples/confidence_drift", "samples/length_ratio")
+SAMPLES = ("samples/blocks_over_claimed", "samples/length_ratio")
 """What rank 0 may learn from sample texts."""
 
 NAMED = 8
@@ -52,6 +52,8 @@ class _Watched:
     """Module whose forward pass is each rank's own work."""
     dtype: torch.dtype
     exit_layers: Sequence[int] = ()
+    joint: bool = False
+    """Whether the step itself closes the gradients' account (``joint_step``)."""
 
 
 class RunWatch:
@@ -94,6 +96,7 @@ class RunWatch:
             timed=engines.backbone,
             dtype=engines.dtype,
             exit_layers=engines.exits.module.exit_layers,
+            joint=True,
         )
         health = ExitHealth(threshold=recipe.decoding.confidence_threshold, eos_token_id=eos_token_id)
         return cls(recipe, watched, world, monitor, health=health)
@@ -137,12 +140,18 @@ class RunWatch:
         self._micro.append((batch, report))
         return report
 
+    def saw(self, batches: Sequence[Batch]) -> None:
+        """The micro-batches of a step that did not go through :meth:`around`."""
+        self._micro = [(batch, {}) for batch in batches]
+
     def step_done(self, step: int) -> None:
         """After an optimizer step: say on all ranks why it was skipped, if it was.
 
         Raises RunFailed after ``training.max_skipped_in_a_row`` steps in a row that were.
         """
         micro, self._micro = self._micro, []
+        if not self._watched.joint:
+            self._watched.gradients.close_step()
         if self._watched.applied():
             self._in_a_row = 0
             return

@@ -23,6 +23,7 @@ from free_dist.data.shards import ShardError, shard_paths
 from free_dist.data.stream import split_samples, training_batches
 from free_dist.data.visual_cache import use_visual_cache
 from free_dist.decoding.generate import generate
+from free_dist.decoding.result import GenerationResult
 from free_dist.distributed import StopFlag, World, all_equal, all_reduce_mean, all_reduce_sum, seed_everything
 from free_dist.ds_config import (
     fits,
@@ -49,6 +50,7 @@ from free_dist.exits.variants import ExitVariant
 from free_dist.monitor import Monitor
 from free_dist.training.run_watch import RunWatch
 from free_dist.training.runs import EXPORT, file_hash, provenance
+from free_dist.training.sample_checks import sample_checks
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.step import adversarial_step
 from free_dist.watchdog import Watchdog
@@ -161,7 +163,7 @@ def train(recipe: Recipe, ds_config: dict[str, dict[str, Any]], world: World) ->
             if recipe.training.sample_every and step % recipe.training.sample_every == 0:
                 with gathered(engines.exits):
                     if decoder is not None:
-                        _log_samples(monitor, step, decoder, bank, encoder, recipe)
+                        watch.sampled(_log_samples(monitor, step, decoder, bank, encoder, recipe))
             stopped = stop.agreed() or watch.stopped
             if stopped:
                 break
@@ -248,14 +250,21 @@ def _check_samples(recipe: Recipe) -> None:
 
 def _log_samples(
     monitor: Monitor, step: int, decoder: Backbone, bank: ExitBank, encoder: SampleEncoder, recipe: Recipe
-) -> None:
-    """Generate a few calibration samples with the exits as they are, and log question, answer and exits as a table."""
+) -> dict[str, float]:
+    """Generate a few calibration samples with the exits as they are, and log question, answer and exits as a table.
+
+    Returns what :func:`~free_dist.training.sample_checks.sample_checks` says of them.
+    """
     lines = ["| task | prompt | expected | generated | exit after block |", "|---|---|---|---|---|"]
     exits = _decoding_copy(bank, decoder)
+    early, full = [], []
     for task in recipe.data.tasks:
         for sample in split_samples(recipe.data, SAMPLED_SPLIT, task, max_samples=SHOWN_SAMPLES):
-            lines.append(_sample_row(sample, decoder, exits, encoder, recipe))
+            early.append(_decoded(sample, decoder, exits, encoder, recipe))
+            full.append(_decoded(sample, decoder, None, encoder, recipe))
+            lines.append(_sample_row(sample, early[-1], encoder))
     monitor.text(step, "samples", "\n".join(lines))
+    return sample_checks(early, full)
 
 
 def _decoding_copy(bank: ExitBank, decoder: Backbone) -> ExitBank:
@@ -265,19 +274,24 @@ def _decoding_copy(bank: ExitBank, decoder: Backbone) -> ExitBank:
     return copy.merged()
 
 
-def _sample_row(sample: Sample, decoder: Backbone, exits: ExitBank, encoder: SampleEncoder, recipe: Recipe) -> str:
+def _decoded(
+    sample: Sample, decoder: Backbone, exits: ExitBank | None, encoder: SampleEncoder, recipe: Recipe
+) -> GenerationResult:
     parameter = next(decoder.parameters())
     pixels = encoder.encode_image(sample.image)[None].to(parameter.device, parameter.dtype)
     prompt = torch.tensor([encoder.encode_prompt(sample.turns)], device=parameter.device)
-    result = generate(
+    return generate(
         decoder,
         exits,
         pixels,
         prompt,
         instruction=encoder.encode_instruction(sample.turns, parameter.device),
-        thresholds=recipe.decoding.confidence_threshold,
+        thresholds=None if exits is None else recipe.decoding.confidence_threshold,
         max_new_tokens=recipe.decoding.max_new_tokens,
     )[0]
+
+
+def _sample_row(sample: Sample, result: GenerationResult, encoder: SampleEncoder) -> str:
     where = " ".join("full" if layer is None else str(layer) for layer in result.exit_layers)
     cells = [sample.task, sample.turns[-1].prompt, sample.turns[-1].answer, encoder.decode(result.tokens), where]
     return "| " + " | ".join(cells) + " |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from free_dist.config import AlarmsConfig, MissingFileError
+from free_dist.decoding.generate import generate
 from free_dist.evaluation.training_curves import draw_training_curves, read_log, training_curves
+from free_dist.exits import ExitBank
 from free_dist.flops import CountedOperations, FlopMeter, measured_peak
 from free_dist.gradients import GradientNorms
 from free_dist.monitor import LOG, Monitor
 from free_dist.training.alarms import AlarmRules
 from free_dist.training.frozen_weights import FrozenWeights, fingerprint
+from free_dist.training.sample_checks import sample_checks
 
 
 @pytest.fixture
@@ -153,3 +157,23 @@ def test_frozen_weights_are_all_looked_at_in_turn() -> None:
     found = [name for _ in range(24) for name in frozen.look()]
     assert set(found) == {"backbone: 4.bias"}
     assert frozen.look_at_all() == ["backbone: 4.bias"]
+
+
+def test_an_honest_decoder_executes_the_blocks_it_claims_and_another_is_told(tiny_backbone) -> None:
+    bank = ExitBank(tiny_backbone, (1, 3)).eval()
+    torch.manual_seed(0)
+    pixels = torch.randn(3, 3, 64, 64)
+    prompt = torch.tensor([[tiny_backbone.layout.image_token_id] * tiny_backbone.layout.num_query_tokens + [7, 8]] * 3)
+    options = {"max_new_tokens": 6, "eos_token_id": -1}
+    early = generate(tiny_backbone, bank, pixels, prompt, thresholds=1e-4, **options)
+    full = generate(tiny_backbone, None, pixels, prompt, **options)
+    assert {record.exit_layer for result in early for record in result.records} != {None}
+    honest = sample_checks(early.rows, full.rows)
+    assert honest == {"samples/blocks_over_claimed": 1.0, "samples/length_ratio": 1.0}
+    # Every block runs before an exit is asked, as in a decoder that computes all hidden states first.
+    late = [replace(r, records=tuple(record._replace(blocks=r.n_blocks) for record in r.records)) for r in early]
+    short = [replace(r, records=r.records[:3]) for r in early]
+    rules = AlarmRules(AlarmsConfig(), exit_layers=(1, 3), total_steps=100)
+    assert rules.look(1, honest) == []
+    assert [alarm.name for alarm in rules.look(2, sample_checks(late, full.rows))] == ["fake_speed_up"]
+    assert [alarm.name for alarm in rules.look(3, sample_checks(short, full.rows))] == ["length_bias"]
