@@ -31,8 +31,7 @@ def adversarial_step(
     Both players' gradients are taken at the same weights and both step afterwards, or neither does.  Returns detached
     tensors: [K] per exit ``task_loss, g_loss, d_loss, d_accuracy_real, d_accuracy_fake`` (the last four when adversarial)
     and, with ``measure``, what :func:`agreement_metrics` gives; what ``health`` measures, if given; scalars ``loss`` and
-    ``answer_tokens``; at a boundary also
-    ``stepped`` (1 or 0) and ``grad_norm/exits``, ``grad_norm/discriminators``.
+    ``answer_tokens``; at a boundary also ``stepped`` (1 or 0) and ``grad_norm/exits``, ``grad_norm/discriminators``.
 
     A mean is taken over the answer tokens of the micro-batch on *all* ranks: every rank weights its own mean by its share
     of the tokens, so the mean of a returned value over ranks (``all_reduce_mean``) is the global value.
