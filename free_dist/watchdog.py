@@ -184,9 +184,11 @@ class Watchdog:
         if not message:
             return
         # Whoever writes first is right; all read the same.
-        message = store.compare_set(VERDICT, "", message).decode()
+        verdict = store.compare_set(VERDICT, "", message).decode()
+        if verdict == message:  # before the wait, in which this process's other thread may read it and end both
+            self._log(message)
         time.sleep(2 * self._interval)  # the others read it before rank 0, if this is rank 0, takes the store away
-        self._die(message, found_here=True)
+        self._die(verdict, found_here=False)
 
     def _explain(self, error: BaseException) -> None:
         """Before an error ends this process: tell the others, or find out whose end caused it."""
@@ -212,6 +214,11 @@ class Watchdog:
         if not own:
             self._die("rank 0 is gone: its connection is closed", found_here=True)
 
+    def _log(self, message: str) -> None:
+        event = {"step": self._step, "time": time.time(), "event": "lost_rank", "message": message}
+        with contextlib.suppress(OSError), (self._run_dir / "log.jsonl").open("a") as log:
+            log.write(json.dumps(event) + "\n")
+
     def _die(self, message: str, found_here: bool) -> NoReturn:
         self._ending.acquire()  # two threads may know; one speaks, and the process ends with it
         line = f"rank {self._world.rank}: {message}"
@@ -225,9 +232,7 @@ class Watchdog:
                 file.write(self._trace)
             line += f"; stacks of this process in {stacks}"
             if found_here:
-                event = {"step": self._step, "time": time.time(), "event": "lost_rank", "message": message}
-                with (self._run_dir / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(event) + "\n")
+                self._log(message)
         except OSError:  # a disk that is full or gone must not keep the process alive
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
         sys.stderr.write(line + "\n")
