@@ -26,6 +26,9 @@ EXIT_VARIANTS = ("full", "lora", "bottleneck")
 EXIT_HEADS = ("full", "pruned", "low_rank")
 """Ways of reading an exit feature (``free_dist.exits.gate``)."""
 
+ALARM_ACTIONS = ("off", "warn", "stop")
+"""What becomes of an alarm (``free_dist.training.alarms``)."""
+
 FINETUNE_PARTS = ("vision", "qformer", "projection", "lora", "all")
 """Parts of a backbone that stage 1 can train."""
 
@@ -45,6 +48,9 @@ class UserError(ValueError):
     The message names the file, field or flag, and says what to do.
     """
 
+    exit_code = 2
+    """What a launcher ends with."""
+
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or directory that the person named does not exist."""
@@ -52,6 +58,12 @@ class MissingFileError(UserError, FileNotFoundError):
 
 class ConfigError(UserError):
     """A recipe that cannot be run; the message names the dotted field."""
+
+
+class RunFailed(UserError):
+    """A run that was ended because it was failing: by an alarm, or by too many skipped steps."""
+
+    exit_code = 3
 
 
 @dataclass(kw_only=True)
@@ -191,6 +203,44 @@ class TrainingConfig:
     """Number of processes the run was meant for; a smaller launch is an error. None accepts any."""
     expected_rows_per_step: int | None = None
     """Rows of one optimizer step, over all processes, that steps and learning rates were meant for. None accepts any."""
+    max_skipped_in_a_row: int = 10
+    """Optimizer steps in a row that may be skipped for a loss or gradient that is not finite; one more ends the run."""
+    hang_timeout: float = 120.0
+    """Seconds without a sign of life after which a process counts as lost: it is named and the others end. 0: never."""
+    stall_timeout: float = 1800.0
+    """Seconds in which no process finishes a step before all end, each with its stacks; longer than an evaluation."""
+    peak_tflops: float | None = None
+    """Peak of one device in the precision of the exits, for the share that is used. None: measured by a matrix product."""
+
+
+@dataclass(kw_only=True)
+class AlarmsConfig:
+    """When a training run counts as failing, and what then happens (stage 1 and stage 2)."""
+
+    action: str = "warn"
+    """``off``; ``warn``: in TensorBoard, ``log.jsonl`` and on standard error; ``stop``: also end, exporting, with code 3."""
+    window: int = 5
+    """Logged steps in a row that must all show a failure."""
+    collapse_cosine: float = 0.98
+    """Mode collapse: cosine between two exits' features above which they count as one, unless both are the full model's."""
+    collapse_ratio: float = 0.1
+    """Mode collapse: rank of an exit's features, or entropy of its tokens, as a share of the full model's."""
+    discriminator_wins: float = 0.99
+    """Mean accuracy on real and on fake features from which a discriminator teaches an exit nothing."""
+    discriminator_stuck: float = 0.02
+    """Distance from 0.5 within which that accuracy never having left means that a discriminator does not learn."""
+    vanished_gradient: float = 1e-4
+    """Gradient norm of the exits as a share of that of the first logged steps."""
+    rising_kl: float = 1.5
+    """Forgetting: KL from the full model to an exit over the lowest that was reached."""
+    calibration_error: float = 0.3
+    """Expected calibration error of an exit's confidence, against agreement with the full model."""
+    piled_share: float = 0.99
+    """Share of tokens that one exit, or none, takes at ``decoding.confidence_threshold``; looked at in a run's second half."""
+    eos_excess: float = 0.05
+    """Length bias: share of tokens at which an exit ends the text and the full model does not, less the reverse."""
+    slow_rank: float = 1.5
+    """Time of the slowest process for its own work over that of the median one."""
 
 
 @dataclass(kw_only=True)
@@ -267,6 +317,7 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)

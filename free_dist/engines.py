@@ -21,6 +21,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from free_dist.config import UserError
 from free_dist.distributed import all_reduce_max, all_true, world_size
 from free_dist.ds_config import fits, names_stage, needs_frozen_copy, precision, with_backbone_stage, zero_stage
+from free_dist.gradients import GradientNorms
 
 __all__ = [
     "Engines",
@@ -53,14 +54,15 @@ class Engines:
     dtype: torch.dtype
     """Precision of exits and discriminators: what features are cast to at their boundary."""
     finite: Tensor = field(init=False)
-    """Whether every loss and gradient of this rank since the last optimizer step was finite; bool scalar."""
+    """Whether every loss of this rank since the last optimizer step was finite; bool scalar."""
+    gradients: GradientNorms = field(init=False)
+    """This rank's own gradients, by parameter."""
 
     def __post_init__(self) -> None:
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for engine in self.trained:
-            for parameter in engine.module.parameters():
-                if parameter.requires_grad:
-                    parameter.register_hook(self._watch)
+        names = ("exits", "discriminators")[: len(self.trained)]
+        modules = {name: engine.module for name, engine in zip(names, self.trained, strict=True)}
+        self.gradients = GradientNorms(modules, self.device)
 
     @property
     def trained(self) -> list[DeepSpeedEngine]:
@@ -88,10 +90,6 @@ class Engines:
         if self.exits.zero_optimization_stage() < 3 or world_size() == 1:
             return own
         return int(all_reduce_max(torch.tensor(own, device=self.device)))
-
-    def _watch(self, gradient: Tensor) -> None:
-        # Looks at this rank's own gradient, before any engine reduces, partitions or clips it.
-        self.finite &= torch.isfinite(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float32))
 
 
 def build_engines(
@@ -244,8 +242,9 @@ def joint_step(engines: Engines, losses: Tensor) -> bool | None:
         for engine in engines.trained:
             engine.step()
         return None
-    move = all_true(engines.finite)
+    move = all_true(engines.finite & engines.gradients.finite())
     engines.finite.fill_(True)
+    engines.gradients.close_step()
     for engine in engines.trained:
         if not move:
             _spoil_gradients(engine)

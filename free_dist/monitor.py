@@ -82,6 +82,14 @@ class Monitor:
         if self._enabled:
             self._writer.add_text(name, content, step)
 
+    def event(self, step: int, name: str, message: str) -> None:
+        """Log that something happened: one line of JSON with ``event`` and ``message``, and a TensorBoard text."""
+        if not self._enabled:
+            return
+        self._writer.add_text(f"events/{name}", message, step)
+        self._log.write(json.dumps({"step": step, "time": time.time(), "event": name, "message": message}) + "\n")
+        self._log.flush()
+
     def close(self) -> None:
         """Flush and close everything."""
         self._progress.close()

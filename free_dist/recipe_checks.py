@@ -10,12 +10,14 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from free_dist.config import (
+    ALARM_ACTIONS,
     ATTENTIONS,
     EMBEDDED_BACKBONE,
     EXIT_VARIANTS,
     FINETUNE_PARTS,
     TASKS,
     UNTRAINED_BACKBONE,
+    AlarmsConfig,
     BackboneConfig,
     ConfigError,
     CostConfig,
@@ -39,6 +41,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_loss(recipe.loss)
     _check_cost(recipe.cost, recipe.backbone)
     _check_training(recipe.training)
+    _check_alarms(recipe.alarms)
     _check_decoding_and_evaluation(recipe.decoding, recipe.evaluation)
     _check_finetune(recipe.finetune)
     # Features are of a vision network that exists and stays as it is, and of unmoved images.
@@ -192,6 +195,30 @@ def _check_training(training: TrainingConfig) -> None:
         _at_least(1, "training.expected_world_size", training.expected_world_size)
     if training.expected_rows_per_step is not None:
         _at_least(1, "training.expected_rows_per_step", training.expected_rows_per_step)
+    _at_least(0, "training.max_skipped_in_a_row", training.max_skipped_in_a_row)
+    _weight("training.hang_timeout", training.hang_timeout)
+    _positive("training.stall_timeout", training.stall_timeout)
+    if training.peak_tflops is not None:
+        _positive("training.peak_tflops", training.peak_tflops)
+
+
+def _check_alarms(alarms: AlarmsConfig) -> None:
+    _one_of("alarms.action", alarms.action, ALARM_ACTIONS)
+    _at_least(1, "alarms.window", alarms.window)
+    shares = {
+        "collapse_cosine": alarms.collapse_cosine,
+        "collapse_ratio": alarms.collapse_ratio,
+        "discriminator_wins": alarms.discriminator_wins,
+        "discriminator_stuck": alarms.discriminator_stuck,
+        "vanished_gradient": alarms.vanished_gradient,
+        "calibration_error": alarms.calibration_error,
+        "piled_share": alarms.piled_share,
+        "eos_excess": alarms.eos_excess,
+    }
+    for name, share in shares.items():
+        _require(0 <= share <= 1, f"alarms.{name}", share, "want a share from 0 to 1")
+    for name, ratio in {"rising_kl": alarms.rising_kl, "slow_rank": alarms.slow_rank}.items():
+        _require(1 < ratio < math.inf, f"alarms.{name}", ratio, "want a finite ratio above 1")
 
 
 def _check_decoding_and_evaluation(decoding: DecodingConfig, evaluation: EvaluationConfig) -> None:

@@ -19,10 +19,12 @@ from typing import Any, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from yaml import YAMLError
 
 from free_dist.atomic import write_atomically
 from free_dist.config import ConfigError, Recipe, UserError, nearest
+from free_dist.disk_errors import disk_error
 from free_dist.recipe_checks import check_recipe
 
 HELP_WIDTH = 100
@@ -127,14 +129,19 @@ def recipe_help() -> str:
 
 @contextmanager
 def fail_clearly(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Turn a user's mistake into one line on standard error and exit code 2, as argparse does for its own flags.
+    """Turn a UserError into one line on standard error and its exit code: 2, argparse's own, unless it says otherwise.
 
-    Every exception that is not a UserError keeps its traceback, because it is a defect.
+    A disk that is full or closed to this user counts as one.  Every other exception keeps its traceback, because it is a defect.
     """
     try:
         yield
     except UserError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(error.exit_code, f"{parser.prog}: error: {error}\n")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        said = disk_error(error)
+        if said is None:
+            raise
+        parser.exit(2, f"{parser.prog}: error: {said}\n")
 
 
 @cache

@@ -16,10 +16,13 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 FLOORS = (
-    {"atomic", "config", "distributed", "ds_config", "hashing", "launchers", "recipe_checks", "recipe_io", "stopping"},
+    {
+        *("atomic", "config", "disk_errors", "distributed", "ds_config", "hashing", "launchers", "recipe_checks"),
+        *("recipe_io", "stopping", "watchdog"),
+    },
     {"backbones"},
     {"exits", "losses"},
-    {"engines", "decoding", "data", "monitor"},
+    {"engines", "decoding", "data", "monitor", "gradients", "flops"},
     {"training", "evaluation", "planning"},
     {"launch"},
 )
@@ -34,7 +37,16 @@ MAY_IMPORT_DEEPSPEED = {
 KEPT_FROM_DISTRIBUTION = {"backbones", "exits", "decoding", "data"}
 """Rooms that run in any process: no torch.distributed, not even through a module of ours."""
 
-NEEDED_BEFORE_TORCH = {"atomic", "config", "ds_config", "launchers", "recipe_checks", "recipe_io", "stopping"}
+NEEDED_BEFORE_TORCH = {
+    "atomic",
+    "config",
+    "disk_errors",
+    "ds_config",
+    "launchers",
+    "recipe_checks",
+    "recipe_io",
+    "stopping",
+}
 """Rooms that report a user's mistake before torch is imported."""
 
 MAX_LINES = 400

@@ -6,7 +6,7 @@ step has several micro-batches; does not know losses or engines.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,18 +22,23 @@ SUMMED = ("answer_tokens",)
 
 
 def train_step(
-    engines: Engines, batches: Sequence[Batch], config: LossConfig, *, cost: CostConfig, measure: bool
+    engines: Engines,
+    batches: Sequence[Batch],
+    config: LossConfig,
+    around: Callable[..., dict[str, Tensor]] = lambda step, *arguments, **options: step(*arguments, **options),
+    *,
+    cost: CostConfig,
+    measure: bool,
 ) -> dict[str, Tensor]:
     """Train on this rank's micro-batches of one step; returns what ``adversarial_step`` does, for the whole step.
 
-    The mean over ranks of a returned value is the mean over the step's answer tokens.
+    ``around`` calls it with its arguments for each of them, and may look on.  The mean over ranks of a returned value is the mean
+    over the step's answer tokens.
     """
     counts = torch.stack([(batch.targets != IGNORE).sum().float() for batch in batches])
     mean_tokens = all_reduce_mean(counts.mean().to(engines.device))
-    reports = [
-        adversarial_step(engines, batch.to(engines.device), config, cost=cost, measure=measure, mean_tokens=mean_tokens)
-        for batch in batches
-    ]
+    options = {"measure": measure, "cost": cost, "mean_tokens": mean_tokens}
+    reports = [around(adversarial_step, engines, batch.to(engines.device), config, **options) for batch in batches]
     report = dict(reports[-1])  # whether it stepped, and norms, stand in the last one alone
     for name in reports[0]:
         total = torch.stack([part[name] for part in reports]).sum(0)

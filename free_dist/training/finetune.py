@@ -44,12 +44,14 @@ from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_load
 from free_dist.monitor import LOG, Monitor
 from free_dist.training.checkpoint import Checkpoints, newest_sound
 from free_dist.training.run_directory import CHECKPOINTS, SAMPLES, forget_log_after, is_evaluated
+from free_dist.training.run_watch import RunWatch
 from free_dist.training.runs import file_hash
 from free_dist.training.sample_log import SampleLog
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.stage1_result import save_backbone, save_trained
 from free_dist.training.stage1_run import ADAPTER, BACKBONE
 from free_dist.training.trained_parts import describe_parts, set_training_mode, train_parts
+from free_dist.watchdog import Watchdog
 
 __all__ = ["AnswerScores", "answer_loss", "augment_images", "finetune", "save_backbone", "teacher_forced_accuracy"]
 
@@ -170,8 +172,10 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
     with (
         StopFlag(world.device) as stop,
         checkpoints,
+        Watchdog.of(recipe, world) as watchdog,
         Monitor(run_dir, total_steps=steps, description="stage 1", done=done, enabled=world.is_main) as monitor,
     ):
+        watch = RunWatch.of_backbone(recipe, engine, world, monitor)
         tokens = torch.zeros((), dtype=torch.long, device=world.device)
         is_complete = True
         if _is_owed(done, run_dir / LOG, recipe, world):
@@ -182,28 +186,33 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
                 )
             set_training_mode(backbone.model)
         for step in range(done + 1, steps + 1):
-            micro_batches = [batch.to(world.device) for batch in next(batches)]
+            micro_batches = [batch.to(world.device) for batch in watch.next(batches)]
             samples.add(step, micro_batches)
             if settings.augment_images:
                 rng = _random(recipe, "augment", step, world)
                 micro_batches = [replace(b, pixel_values=augment_images(b.pixel_values, rng)) for b in micro_batches]
             torch.manual_seed(_random(recipe, "dropout", step, world).getrandbits(63))
+            watch.saw(micro_batches)
             loss = _train_one_step(engine, micro_batches, step, dtype, world)
+            watch.step_done(step)
+            watchdog.beat(step)
             tokens += torch.stack([_text_tokens(batch, encoder) for batch in micro_batches]).sum()
             monitor.advance(samples=sum(len(batch.keys) for batch in micro_batches) * world.size)
             measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
             if measure:
-                values = _scalars(engine, loss, micro_batches[0].task)
+                values = _scalars(engine, loss, micro_batches[0].task) | watch.measured()
                 monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
+                watch.look(step, values, last=step == steps)
                 tokens.zero_()
             if _is_evaluation_due(step, recipe):
                 is_complete = _evaluate(step, monitor, engine, encoder, evaluated, section, world, stop)
                 set_training_mode(backbone.model)
-            stopped = stop.agreed()
+            stopped = stop.agreed() or watch.stopped
             last = stopped or step == steps
             if measure or checkpoints.is_due(step, last=last):
                 samples.write()
             checkpoints.after_step(step, loss, last=last)
+            watch.raise_if_stopped(run_dir / CHECKPOINTS)
             if stopped and (step < steps or not is_complete):
                 raise Interrupted(f"stopped after step {step} of {steps}; the same command goes on from there")
     return _write_result(recipe, engine, start, world)

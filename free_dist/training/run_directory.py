@@ -31,13 +31,17 @@ FREE_FIELDS = frozenset(
         "finetune.eval_every",
         "finetune.keep_adapter",
         "training.expected_world_size",
+        "training.hang_timeout",
         "training.keep_best",
         "training.keep_last",
         "training.log_every",
         "training.log_samples",
+        "training.max_skipped_in_a_row",
+        "training.peak_tflops",
         "training.sample_every",
         "training.save_every",
         "training.save_in_background",
+        "training.stall_timeout",
     }
 )
 """Recipe fields that may change between the parts of a resumed run: they do not change what is learnt."""

@@ -28,6 +28,7 @@ from free_dist.losses import (
     head_parts,
     in_parts,
 )
+from free_dist.training.exit_health import ExitHealth
 
 
 def adversarial_step(
@@ -38,13 +39,14 @@ def adversarial_step(
     cost: CostConfig | None = None,
     measure: bool = False,
     mean_tokens: Tensor | None = None,
+    health: ExitHealth | None = None,
 ) -> dict[str, Tensor]:
     """Train exits and discriminators on one micro-batch; the weights move at the accumulation boundary.
 
     Both players' gradients are taken at the same weights and both step afterwards, or neither does.  Returns detached
     tensors: [K] per exit ``task_loss, g_loss, d_loss, d_accuracy_real, d_accuracy_fake`` (the last four when adversarial)
-    and, with ``measure``, what :func:`agreement_metrics` gives; scalars ``loss`` and ``answer_tokens``; at a boundary also
-    ``stepped`` (1 or 0) and ``grad_norm/exits``, ``grad_norm/discriminators``.
+    and, with ``measure``, what :func:`agreement_metrics` gives; what ``health`` measures, if given; scalars ``loss`` and
+    ``answer_tokens``; at a boundary also ``stepped`` (1 or 0) and ``grad_norm/exits``, ``grad_norm/discriminators``.
 
     A mean is taken over the answer tokens of the micro-batch on *all* ranks: every rank weights its own mean by its share
     of the tokens, so the mean of a returned value over ranks (``all_reduce_mean``) is the global value.  ``mean_tokens``: the
@@ -90,6 +92,8 @@ def adversarial_step(
     if measure:
         metrics = agreement_metrics(bank, fake, final, targets, parts=parts)
         report |= {name: share * value for name, value in metrics.items()}
+    if health is not None:
+        report |= health.measure(bank, fake, final)
     losses = torch.cat([loss.reshape(1), *(report[name] for name in ("d_loss",) if name in report)])
     moved = joint_step(engines, losses.detach())
     if moved is not None:

@@ -5,7 +5,6 @@ Knows the order of things in a run; the step itself, the engines, the stream and
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,18 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from free_dist.backbones import Backbone
 from free_dist.backbones.checkpoint_files import open_checkpoint
 from free_dist.backbones.checkpoint_hash import has_safetensors
 from free_dist.backbones.embedded import resolve_backbone
 from free_dist.config import ConfigError, Recipe, UserError
 from free_dist.data.pretrained import load_pretrained
 from free_dist.data.quarantine import QUARANTINE
-from free_dist.data.samples import Batch, Sample, SampleEncoder
-from free_dist.data.shards import ShardError, shard_paths
-from free_dist.data.stream import split_samples, training_batches
+from free_dist.data.samples import Batch, SampleEncoder
+from free_dist.data.stream import training_batches
 from free_dist.data.visual_cache import use_visual_cache
-from free_dist.decoding.generate import generate
 from free_dist.distributed import (
     Interrupted,
     StopFlag,
@@ -63,15 +59,12 @@ from free_dist.monitor import LOG, Monitor
 from free_dist.training.accumulation import train_step
 from free_dist.training.checkpoint import Checkpoints, newest_sound
 from free_dist.training.run_directory import CHECKPOINTS, SAMPLES, forget_log_after
+from free_dist.training.run_watch import RunWatch
 from free_dist.training.runs import BACKBONE_FILES, EXPORT, file_hash, provenance
 from free_dist.training.sample_log import SampleLog
+from free_dist.training.sample_texts import check_samples, log_samples
 from free_dist.training.schedule import warmup_cosine
-
-SHOWN_SAMPLES = 4
-"""Samples per task whose generated text is logged."""
-
-SAMPLED_SPLIT = "calibration"
-"""Split they are taken from."""
+from free_dist.watchdog import Watchdog
 
 
 def train(
@@ -87,7 +80,7 @@ def train(
     UserError for a checkpoint that does not fit, or cannot be written.
     """
     run_dir = Path(recipe.run_dir)
-    _check_samples(recipe)
+    check_samples(recipe)
     found = newest_sound(run_dir / CHECKPOINTS, world, tell)
     seed_everything(recipe.training.seed)
     directory = resolve_backbone(recipe.backbone.path)
@@ -179,26 +172,31 @@ def train(
     with (
         StopFlag(world.device) as stop,
         checkpoints,
+        Watchdog.of(recipe, world) as watchdog,
         Monitor(run_dir, total_steps=steps, description="training exits", done=done, enabled=world.is_main) as monitor,
     ):
+        watch = RunWatch.of_exits(recipe, engines, world, monitor, eos_token_id=encoder.layout.eos_token_id)
         tokens = torch.zeros((), dtype=torch.long, device=world.device)
         step = done
         for step in range(done + 1, steps + 1):
             measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
-            micro_batches = list(itertools.islice(batches, accumulation))
+            micro_batches = [watch.next(batches) for _ in range(accumulation)]
             samples.add(step, micro_batches)
-            report = train_step(engines, micro_batches, recipe.loss, cost=recipe.cost, measure=measure)
+            report = train_step(engines, micro_batches, recipe.loss, watch.around, cost=recipe.cost, measure=measure)
+            watch.step_done(step)
+            watchdog.beat(step)
             tokens += sum(_text_tokens(batch, encoder) for batch in micro_batches)
             monitor.advance(samples=rows)
             if measure:
-                values = _scalars(report, bank.exit_layers, engines, micro_batches[0].task)
+                values = _scalars(report, bank.exit_layers, engines, micro_batches[0].task) | watch.measured()
                 monitor.scalars(step, values, tokens=int(all_reduce_sum(tokens).item()))
+                watch.look(step, values, last=step == steps)
                 tokens.zero_()
             if recipe.training.sample_every and step % recipe.training.sample_every == 0:
                 with gathered(engines.exits):
                     if decoder is not None:
-                        _log_samples(monitor, step, decoder, bank, encoder, recipe)
-            stopped = stop.agreed()
+                        watch.sampled(log_samples(monitor, step, decoder, bank, encoder, recipe))
+            stopped = stop.agreed() or watch.stopped
             last = stopped or step == steps
             if measure or checkpoints.is_due(step, last=last):
                 samples.write()
@@ -229,6 +227,7 @@ def train(
                     **versions,
                 },
             )
+    watch.raise_if_stopped(export)
     if stopped and step < steps:
         goes_on = "; the same command goes on from there" if recipe.training.save_every else ""
         raise Interrupted(f"stopped after step {step} of {steps}; exits exported to {export}{goes_on}")
@@ -252,6 +251,7 @@ def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: E
         "agreement": f"agreement_with_full_{task}",
         "accuracy": f"token_accuracy_{task}",
         "cosine": "cosine_to_full",
+        "kl_to_full": f"kl_to_full_{task}",
     }
     values: dict[str, float] = {}
     for key, value in report.items():
@@ -259,7 +259,9 @@ def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: E
             values["batch/answer_tokens"] = all_reduce_sum(value).item()
         elif value.ndim:
             per_exit = all_reduce_mean(value.float()).tolist()
-            values |= {f"{names[key]}/exit_{k}": number for k, number in zip(exit_layers, per_exit, strict=True)}
+            values |= {
+                f"{names.get(key, key)}/exit_{k}": number for k, number in zip(exit_layers, per_exit, strict=True)
+            }
         elif key.startswith("grad_norm/"):
             values[key] = value.item()
         else:
@@ -268,53 +270,3 @@ def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: E
     if engines.discriminators is not None:
         values["learning_rate/discriminators"] = engines.discriminators.get_lr()[0]
     return values
-
-
-def _check_samples(recipe: Recipe) -> None:
-    """Raise UserError if sample texts are wanted but cannot be made: found later, on rank 0 alone, the others would wait."""
-    if not recipe.training.sample_every:
-        return
-    try:
-        shard_paths(recipe.data.root, SAMPLED_SPLIT)
-    except ShardError as error:
-        raise UserError(
-            f"training.sample_every={recipe.training.sample_every}: sample texts need the {SAMPLED_SPLIT} split of "
-            f"data.root={recipe.data.root} ({error}); add it, or set training.sample_every=0"
-        ) from error
-
-
-def _log_samples(
-    monitor: Monitor, step: int, decoder: Backbone, bank: ExitBank, encoder: SampleEncoder, recipe: Recipe
-) -> None:
-    """Generate a few calibration samples with the exits as they are, and log question, answer and exits as a table."""
-    lines = ["| task | prompt | expected | generated | exit after block |", "|---|---|---|---|---|"]
-    exits = _decoding_copy(bank, decoder)
-    for task in recipe.data.tasks:
-        for sample in split_samples(recipe.data, SAMPLED_SPLIT, task, max_samples=SHOWN_SAMPLES):
-            lines.append(_sample_row(sample, decoder, exits, encoder, recipe))
-    monitor.text(step, "samples", "\n".join(lines))
-
-
-def _decoding_copy(bank: ExitBank, decoder: Backbone) -> ExitBank:
-    """The bank's weights in the decoder's precision, on the decoder's own norm and head."""
-    copy = ExitBank(decoder, bank.exit_layers, variant=bank.variant, init=bank.init).eval()
-    copy.load_trainable_state_dict(bank.trainable_state_dict())
-    return copy.merged()
-
-
-def _sample_row(sample: Sample, decoder: Backbone, exits: ExitBank, encoder: SampleEncoder, recipe: Recipe) -> str:
-    parameter = next(decoder.parameters())
-    pixels = encoder.encode_image(sample.image)[None].to(parameter.device, parameter.dtype)
-    prompt = torch.tensor([encoder.encode_prompt(sample.turns)], device=parameter.device)
-    result = generate(
-        decoder,
-        exits,
-        pixels,
-        prompt,
-        instruction=encoder.encode_instruction(sample.turns, parameter.device),
-        thresholds=recipe.decoding.confidence_threshold,
-        max_new_tokens=recipe.decoding.max_new_tokens,
-    )[0]
-    where = " ".join("full" if layer is None else str(layer) for layer in result.exit_layers)
-    cells = [sample.task, sample.turns[-1].prompt, sample.turns[-1].answer, encoder.decode(result.tokens), where]
-    return "| " + " | ".join(cells) + " |"
