@@ -8,7 +8,8 @@
 #   PYTHON          interpreter; default .venv/bin/python
 #   LOG_DIR         one file per task, NAME-JOB-TASK.log, appended to by restarts, and srun's own; default logs
 #   MAX_RESTARTS    restarts of a job after which it fails instead of starting again; default 50
-#   REQUEUE_CODES   default "85 137": the launcher saved because it was asked to stop; a task was killed
+#   REQUEUE_CODES   default "85 86 137": the launcher saved because it was asked to stop; it lost a task of its own; a task
+#                   was killed
 #   MASTER_PORT     where rank 0 waits; default: a function of the job's number (free_dist/launchers.py)
 #   OMP_NUM_THREADS default 1, as under deepspeed and torchrun
 #
@@ -84,7 +85,7 @@ start() {
   local script=$1 step code interrupted hosts logs
   shift
   choose_from_sweep "$@"
-  : "${PYTHON:=.venv/bin/python}" "${LOG_DIR:=logs}" "${MAX_RESTARTS:=50}" "${REQUEUE_CODES=85 137}"
+  : "${PYTHON:=.venv/bin/python}" "${LOG_DIR:=logs}" "${MAX_RESTARTS:=50}" "${REQUEUE_CODES=85 86 137}"
   [[ -x $(command -v "$PYTHON") ]] || fail "PYTHON=$PYTHON: no such program; run \`make quickstart\`, or export PYTHON"
   mkdir -p "$LOG_DIR"
   logs=$LOG_DIR/$SLURM_JOB_NAME-$(own_id)

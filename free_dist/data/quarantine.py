@@ -97,15 +97,8 @@ class Quarantine:
                 self._note(fault)
 
     def _lines(self) -> Iterator[Fault]:
-        if self._path is None or not self._path.is_file():
-            return
-        for line in self._path.read_text(errors="replace").split("\n"):
-            try:
-                content = json.loads(line)
-                if content.pop("split") == self._place:
-                    yield Fault(**content)
-            except (ValueError, TypeError, KeyError, AttributeError):  # torn by a crash: the fault is found again
-                continue
+        if self._path is not None:
+            yield from (fault for place, fault in read_faults(self._path) if place == self._place)
 
     def _write(self, fault: Fault) -> None:
         if self._path is None:
@@ -117,3 +110,20 @@ class Quarantine:
             os.write(descriptor, line.encode())
         finally:
             os.close(descriptor)
+
+
+def read_faults(path: Path) -> Iterator[tuple[str, Fault]]:
+    """(split, fault) of every whole line of the file; nothing if there is none."""
+    if not path.is_file():
+        return
+    for line in path.read_text(errors="replace").split("\n"):
+        try:
+            content = json.loads(line)
+            yield content.pop("split"), Fault(**content)
+        except (ValueError, TypeError, KeyError, AttributeError):  # torn by a crash: the fault is found again
+            continue
+
+
+def lost_records(path: Path) -> int:
+    """Records that the file names as unusable, over all splits and runs."""
+    return sum({(split, fault.shard, fault.key): fault.samples for split, fault in read_faults(path)}.values())

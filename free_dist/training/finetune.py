@@ -128,8 +128,8 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
 
     ``section`` comes from :func:`~free_dist.training.stage1_run.engine_section`; ``tell`` receives lines for the person who
     waits.  Returns the Hugging Face directory of the result, complete on rank 0.  Raises Interrupted after SIGINT, SIGTERM or
-    SIGUSR1 to any rank, on all ranks, with a checkpoint written; FloatingPointError when the loss is not finite; UserError for a
-    checkpoint that does not fit, or cannot be written.
+    SIGUSR1 to any rank, on all ranks, with a checkpoint written; RunFailed after too many skipped steps or for an alarm;
+    UserError for a checkpoint that does not fit, or cannot be written.
     """
     run_dir, steps, settings = Path(recipe.run_dir), recipe.training.max_steps, recipe.finetune
     dtype = getattr(torch, precision(section))
@@ -193,7 +193,7 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
                 micro_batches = [replace(b, pixel_values=augment_images(b.pixel_values, rng)) for b in micro_batches]
             torch.manual_seed(_random(recipe, "dropout", step, world).getrandbits(63))
             watch.saw(micro_batches)
-            loss = _train_one_step(engine, micro_batches, step, dtype, world)
+            loss = _train_one_step(engine, micro_batches, dtype, world)
             watch.step_done(step)
             watchdog.beat(step)
             tokens += torch.stack([_text_tokens(batch, encoder) for batch in micro_batches]).sum()
@@ -218,9 +218,7 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
     return _write_result(recipe, engine, start, world)
 
 
-def _train_one_step(
-    engine: DeepSpeedEngine, batches: list[Batch], step: int, dtype: torch.dtype, world: World
-) -> Tensor:
+def _train_one_step(engine: DeepSpeedEngine, batches: list[Batch], dtype: torch.dtype, world: World) -> Tensor:
     """One optimizer step on this rank's micro-batches; returns the mean loss over all ranks' answer tokens, scalar.
 
     The mean is over the tokens of the whole step, however these are spread over ranks and micro-batches.
@@ -233,8 +231,7 @@ def _train_one_step(
         loss = summed * (len(batches) * world.size / tokens)
         engine.backward(loss)
         total += summed.detach() / tokens
-        if batch is batches[-1] and not all_true(torch.isfinite(total)):
-            raise FloatingPointError(f"stage 1: the loss is not finite at step {step}: lower finetune.learning_rate")
+        # Skips on all ranks where the norm of the gradients, which is over all of them, is not finite.
         engine.step()
     return all_reduce_sum(total)
 

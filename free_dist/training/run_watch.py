@@ -6,7 +6,6 @@ ranks and logged; does not know when a measured value is a failure (``free_dist.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from free_dist.config import Recipe, RunFailed
-from free_dist.data.quarantine import QUARANTINE
+from free_dist.data.quarantine import QUARANTINE, lost_records
 from free_dist.data.samples import Batch
 from free_dist.distributed import World, all_gather, all_reduce_sum
 from free_dist.engines import DeepSpeedEngine, Engines
@@ -183,7 +182,7 @@ class RunWatch:
         if flops:
             values |= {"throughput/tflops": flops / seconds / 1e12, "throughput/mfu": flops / seconds / peak}
         values["skipped/steps"] = float(self._skipped)
-        values["skipped/samples"] = float(_quarantined(Path(self._recipe.run_dir) / QUARANTINE))
+        values["skipped/samples"] = float(lost_records(Path(self._recipe.run_dir) / QUARANTINE))
         sampled = torch.tensor(
             [self._sampled.get(name, float("nan")) for name in SAMPLES], dtype=torch.float64, device=self._world.device
         )
@@ -266,17 +265,3 @@ def _by_engine(names: Sequence[str], exit_layers: Sequence[int]) -> list[str]:
 
 def _listed(keys: Sequence[str]) -> str:
     return " ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
-
-
-def _quarantined(path: Path) -> int:
-    """Records that the stream left out so far, by the file that names them."""
-    if not path.is_file():
-        return 0
-    faults = {}
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            fault = json.loads(line)
-            faults[fault["split"], fault["shard"], fault["key"]] = int(fault["samples"])
-        except (ValueError, TypeError, KeyError):  # torn by a crash
-            continue
-    return sum(faults.values())

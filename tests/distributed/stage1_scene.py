@@ -122,13 +122,20 @@ def is_adapted(kind: str, names: set[str]) -> bool:
 
 
 def recipe(
-    data: DataConfig, run_dir: Path, start: Path, *, steps: int = STEPS, augment: bool = False, **settings: Any
+    data: DataConfig,
+    run_dir: Path,
+    start: Path,
+    *,
+    steps: int = STEPS,
+    augment: bool = False,
+    save_every: int = 500,
+    **settings: Any,
 ) -> Recipe:
     settings = {"train": ["qformer", "projection"], "eval_every": 0} | settings
     return Recipe(
         run_dir=str(run_dir),
         data=data,
-        training=TrainingConfig(max_steps=steps, warmup_steps=WARMUP, log_every=1),
+        training=TrainingConfig(max_steps=steps, warmup_steps=WARMUP, log_every=1, save_every=save_every),
         finetune=FinetuneConfig(
             start=str(start), learning_rate=RATE, weight_decay=DECAY, lora_rank=4, lora_alpha=8,
             augment_images=augment, **settings,

@@ -93,6 +93,47 @@ def test_the_engine_trains_like_one_process_of_plain_pytorch(
     assert moved > 1e-3, "a comparison of weights that never moved proves nothing"
 
 
+def with_a_bad_pixel(recipe: Recipe, section: dict[str, Any], start: Path, steps: tuple[int, ...]) -> str:
+    """Stage 1 whose rank 1 sees a picture that is not a number at some steps."""
+    import free_dist.training.finetune as module
+
+    good = module.training_batches
+
+    def bad(*arguments: Any, **options: Any):
+        for step, batch in enumerate(good(*arguments, **options), start=1):
+            if step in steps and torch.distributed.get_rank() == 1:
+                batch = replace(batch, pixel_values=batch.pixel_values * float("nan"))
+            yield batch
+
+    module.training_batches = bad
+    return scene.stage1(recipe, section, start)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_told(starts, tiny_data, tmp_path, stage: int):
+    recipe = scene.recipe(tiny_data, tmp_path / "run", starts["opt"])
+    section = scene.section(recipe, stage=stage, size=2)
+    run_ranks(2, with_a_bad_pixel, recipe, section, starts["opt"], (2, 4))
+    told = [entry for entry in entries(recipe) if entry.get("event") == "skipped_step"]
+    assert [entry["step"] for entry in told] == [2, 4]
+    assert all("rank 1: not finite: pixels" in entry["message"] for entry in told)
+    trained = weights(tmp_path / "run" / BACKBONE)
+    assert all(weight.isfinite().all() for weight in trained.values())
+    moved = max((trained[name] - weight).abs().max().item() for name, weight in weights(starts["opt"]).items())
+    assert moved > 1e-3
+
+
+@pytest.mark.fault
+def test_too_many_such_steps_in_a_row_end_the_run(starts, tiny_data, tmp_path):
+    recipe = scene.recipe(tiny_data, tmp_path / "run", starts["opt"])
+    recipe = replace(recipe, training=replace(recipe.training, max_skipped_in_a_row=2))
+    with pytest.raises(
+        AssertionError, match=r"3 steps in a row were skipped, more than training\.max_skipped_in_a_row=2"
+    ):
+        run_ranks(2, with_a_bad_pixel, recipe, scene.section(recipe, size=2), starts["opt"], (2, 3, 4))
+
+
 @pytest.mark.parametrize(
     ("train", "stage", "bf16"),
     [(["projection"], 1, True), (["qformer", "projection"], 3, True), (["vision"], 2, False), (["lora"], 3, False)],

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,14 @@ import stage1_scene as scene  # noqa: E402
 from cluster import Cluster, why_not  # noqa: E402
 from jobs import Run, losses  # noqa: E402
 
-from free_dist.config import DataConfig, Recipe  # noqa: E402
+from free_dist.config import (  # noqa: E402
+    BackboneConfig,
+    DataConfig,
+    DecodingConfig,
+    ExitsConfig,
+    Recipe,
+    TrainingConfig,
+)
 from free_dist.recipe_io import save_recipe  # noqa: E402
 
 STEPS = 60
@@ -55,21 +63,57 @@ def prepare(workplace: Path, tiny_data: DataConfig) -> Callable[[str], Run]:
         return written(recipe, workplace / f"{name}.yaml")
 
     def written(recipe: Recipe, path: Path) -> Run:
-        save_recipe(recipe, path)
-        distribution = workplace / "ds.json"
-        distribution.write_text(json.dumps(scene.section(recipe, size=2)))
-        return Run(recipe=recipe, arguments=("--config", str(path), "--ds_config", str(distribution)))
+        return saved(recipe, path, scene.section(recipe, size=2))
 
     return prepared
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(prepare: Callable[[str], Run]) -> list[float]:
-    """Losses of the run as torchrun makes it on this machine, nothing happening to it."""
-    run = prepare("uninterrupted")
+def prepare_exits(workplace: Path, tiny_data: DataConfig) -> Callable[[str], Run]:
+    """The same for a run of stage 2 on the backbone from which those of stage 1 start."""
+
+    def prepared(name: str) -> Run:
+        recipe = Recipe(
+            run_dir=str(workplace / name),
+            backbone=BackboneConfig(path=str(workplace / "start")),
+            data=tiny_data,
+            exits=ExitsConfig(exit_layers=[1, 2], discriminator_hidden_size=16),
+            training=TrainingConfig(max_steps=STEPS, warmup_steps=2, log_every=1, sample_every=0, save_every=20),
+            decoding=DecodingConfig(max_new_tokens=4),
+        )
+        section = scene.section(recipe, size=2)
+        section["optimizer"]["params"]["lr"] = scene.RATE
+        shape = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16")
+        sections = {"backbone": {key: section[key] for key in shape}, "exits": section, "discriminators": section}
+        return saved(recipe, workplace / f"{name}.yaml", sections)
+
+    return prepared
+
+
+def saved(recipe: Recipe, path: Path, ds_config: dict[str, Any]) -> Run:
+    save_recipe(recipe, path)
+    distribution = path.with_suffix(".json")
+    distribution.write_text(json.dumps(ds_config))
+    return Run(recipe=recipe, arguments=("--config", str(path), "--ds_config", str(distribution)))
+
+
+def by_torchrun(launcher: str, run: Run) -> list[float]:
+    """Losses of a run as torchrun makes it on this machine, nothing happening to it."""
     command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "--master_port", scene.free_port()]
     subprocess.run(
-        [str(word) for word in (*command, "launch/finetune.py", *run.arguments)],
+        [str(word) for word in (*command, launcher, *run.arguments)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     return losses(run)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(prepare: Callable[[str], Run]) -> list[float]:
+    """Losses of stage 1 where nothing happens to it."""
+    return by_torchrun("launch/finetune.py", prepare("uninterrupted"))
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_exits(prepare_exits: Callable[[str], Run]) -> list[float]:
+    """Losses of stage 2 where nothing happens to it."""
+    return by_torchrun("launch/train.py", prepare_exits("uninterrupted-exits"))

@@ -23,7 +23,7 @@ DEADLINE = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A run of stage 1 and the launcher's arguments that start it, and start it again."""
+    """A run and the launcher's arguments that start it, and start it again."""
 
     recipe: Recipe
     arguments: tuple[str, ...]
@@ -41,7 +41,9 @@ def entries(run: Run) -> list[dict[str, float]]:
 
 
 def losses(run: Run) -> list[float]:
-    return [entry["loss"] for entry in entries(run) if "loss" in entry]
+    """Of every logged step, of stage 1 (``loss``) or stage 2 (``step/loss``)."""
+    found = (entry.get("loss", entry.get("step/loss")) for entry in entries(run))
+    return [loss for loss in found if loss is not None]
 
 
 @dataclass(frozen=True)

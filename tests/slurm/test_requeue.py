@@ -33,6 +33,24 @@ def test_usr1_to_all_tasks_saves_requeues_and_goes_on_to_the_same_losses(
     }  # fmt: skip
 
 
+def test_exits_go_on_after_a_signal_to_one_rank_and_after_a_killed_task(
+    cluster: Cluster, prepare_exits: Callable[[str], Run], uninterrupted_exits: list[float]
+) -> None:
+    run = prepare_exits("exits")
+    job = submit(cluster, "slurm/free_blip2.sh", *run.arguments, logs=run.directory.parent / "logs-exits")
+    wait_for_steps(run, job, 8)
+    job.kill(run, 1, signal.SIGUSR1)
+    wait(lambda: job.restarts == 1, job.told)
+    asked = len(losses(run))
+    assert (run.directory / "checkpoints" / f"step-{asked:08d}").is_dir(), job.told()
+    wait_for_steps(run, job, max(asked, 25))
+    job.kill(run, 0, signal.SIGKILL)
+    wait(lambda: job.restarts == 2, job.told)
+    job.wait_for("COMPLETED")
+    assert losses(run) == uninterrupted_exits, job.told()
+    assert (run.directory / "export" / "exits.safetensors").is_file()
+
+
 def test_usr1_to_one_rank_then_a_killed_task_then_a_dead_node_cost_no_step(
     cluster: Cluster, prepare: Callable[[str], Run], uninterrupted: list[float]
 ) -> None:
