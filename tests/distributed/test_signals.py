@@ -19,7 +19,7 @@ from ranks import run_ranks
 from free_dist.config import Recipe
 from free_dist.distributed import REQUEUE, Interrupted, StopFlag
 from free_dist.stopping import INTERRUPTED, StopSignals
-from free_dist.training.stage1_run import CHECKPOINTS
+from free_dist.training.run_directory import CHECKPOINTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,6 +119,7 @@ def start(tmp_path_factory, tiny_tokenizer) -> Path:
 def signalled(recipe: Recipe, section: dict[str, Any], start: Path, moment: str) -> str:
     """Stage 1, in which rank 1 sends itself SIGUSR1 once, at a moment inside a part of the loop."""
     from free_dist.training import finetune
+    from free_dist.training.checkpoint import Checkpoints
 
     def once(function: Any) -> Any:
         called = []
@@ -131,7 +132,7 @@ def signalled(recipe: Recipe, section: dict[str, Any], start: Path, moment: str)
 
         return first
 
-    evaluate, forward, save = finetune._evaluate, finetune.AnswerScores.forward, finetune.save_checkpoint
+    evaluate, forward, save = finetune._evaluate, finetune.AnswerScores.forward, Checkpoints.save
 
     def evaluate_signalled(*arguments: Any) -> bool:
         finetune.AnswerScores.forward = once(forward)
@@ -143,7 +144,7 @@ def signalled(recipe: Recipe, section: dict[str, Any], start: Path, moment: str)
     if moment == "evaluation":
         finetune._evaluate = evaluate_signalled
     else:
-        finetune.save_checkpoint = once(save)
+        Checkpoints.save = once(save)
     with pytest.raises(Interrupted) as stop:
         scene.stage1(recipe, section, start)
     return str(stop.value)
