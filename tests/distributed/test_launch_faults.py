@@ -144,7 +144,7 @@ def test_a_port_in_use_is_one_line(workplace: Path, tiny_root: Path, tmp_path: P
         taken.listen()
         variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         run = arguments(workplace, tiny_root, tmp_path / "run")
-        line = one_line([sys.executable, *run], "port is in use", env=environment(MASTER_PORT="29752", **variables))
+        line = one_line([sys.executable, *run], "is in use", env=environment(MASTER_PORT="29752", **variables))
     assert "MASTER_PORT=29752" in line
 
 

@@ -20,6 +20,8 @@ eval "$BEHAVIOUR"
 WAIT = "until [[ -e $LOG_DIR/finish ]]; do sleep 0.05; done"
 ONCE = f"[[ ${{SLURM_RESTART_COUNT:-0}} -gt 0 ]] || {WAIT}"
 """The first start lasts until a signal comes, the second ends at once."""
+ASK = "{ [[ $SLURM_PROCID != 0 ]] || exit 85; sleep 30 & wait; }"
+"""Rank 0 asks to be started again; were rank 1 to ask too, and first, rank 0 might be ended before it has begun."""
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_the_signal_before_the_time_limit_reaches_every_task_and_the_job_starts_
 
 
 def test_a_job_that_keeps_asking_gives_up_at_the_cap(cluster, program) -> None:
-    job = send(cluster, program, "exit 85", MAX_RESTARTS="1")
+    job = send(cluster, program, ASK, MAX_RESTARTS="1")
     job.wait_for("FAILED")
     assert job.restarts == 1 and job.field("ExitCode") == "85:0"
     assert len(lines(job, "started-0")) == 2
@@ -98,7 +100,7 @@ def test_preemption_by_a_job_of_more_weight_is_survived(cluster, program) -> Non
 
 
 def test_only_the_element_of_an_array_that_asks_starts_again_the_last_one_too(cluster, program) -> None:
-    asking = "[[ $* != *seed=7* || ${SLURM_RESTART_COUNT:-0} -gt 0 ]] || exit 85"
+    asking = f"[[ $* != *seed=7* || ${{SLURM_RESTART_COUNT:-0}} -gt 0 ]] || {ASK}"
     array = send(
         cluster, program, asking, "--sweep", "training.seed=5,6,7", "run_dir=runs/sweep", options=("--array=0-2",)
     )  # fmt: skip

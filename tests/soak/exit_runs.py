@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import json
 import multiprocessing
-import os
 import random
 import socket
 import sys
@@ -22,8 +21,6 @@ import torch
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "distributed"), str(TESTS.parent), str(Path(__file__).parent)]
-
-os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, here and in the ranks
 
 import ranks  # noqa: E402 - found by the line above, also in forked ranks
 import stage1_scene  # noqa: E402

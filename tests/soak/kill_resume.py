@@ -11,12 +11,15 @@ where one failed.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+if __name__ == "__main__":
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, here and in the ranks
 
 import exit_runs
 
