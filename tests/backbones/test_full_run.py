@@ -7,51 +7,17 @@ between shares one, because imports take longer than the work.
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from checkpoints import COMBINATIONS, FEATURE_LM, overrides
 
+from tests.programs import ROOT, SCRIPTS, launchers, started
+
 pytestmark = pytest.mark.backbones
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = Path(sys.executable).parent
 STEPS = 3
 NEW_TOKENS = 4
-RUN_SCRIPTS = """
-import json, runpy, sys
-for command in json.loads(sys.argv[1]):
-    sys.argv = command
-    print("$", *command, flush=True)
-    runpy.run_path(command[0], run_name="__main__")
-"""
-"""Runs launchers one after the other, each as a program of its own would."""
-
-
-def started(command: list[object]) -> str:
-    """Run a program to its end and return what it printed; it must succeed."""
-    path = os.pathsep.join((str(SCRIPTS), os.environ["PATH"]))
-    environment = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": path, "PYTHONPATH": str(ROOT)}
-    finished = subprocess.run(
-        [str(word) for word in command],
-        env=os.environ | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
-    return finished.stdout
-
-
-def launchers(*commands: list[object]) -> str:
-    words = [[str(word) for word in command] for command in commands]
-    return started([sys.executable, "-c", RUN_SCRIPTS, json.dumps(words)])
 
 
 def json_lines(text: str) -> list[dict]:

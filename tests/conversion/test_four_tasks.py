@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import official_files as official
 import pytest
 
 from free_dist.training.finetune import save_backbone
+from tests.programs import ROOT, launchers
 
-REPOSITORY = Path(__file__).parents[2]
-TASKS = REPOSITORY / "launch" / "recipes" / "tasks"
+TASKS = ROOT / "launch" / "recipes" / "tasks"
 STEPS = 2
-RUN_SCRIPTS = """
-import json, runpy, sys
-for command in json.loads(sys.argv[1]):
-    sys.argv = command
-    print("$", *command, flush=True)
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
-"""
-"""Runs launchers one after the other, each as a program of its own would."""
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tiny_backbone, tiny_encoder) -> Path:
     directory = tmp_path_factory.mktemp("tasks")
     save_backbone(tiny_backbone, tiny_encoder, directory / "backbone")
-    content = json.loads((REPOSITORY / "ds_configs" / "cpu.json").read_text())
+    content = json.loads((ROOT / "ds_configs" / "cpu.json").read_text())
     for section in content.values():
         section["train_micro_batch_size_per_gpu"] = 4
     (directory / "cpu.json").write_text(json.dumps(content))
@@ -86,13 +71,7 @@ def test_shards_of_the_published_files_are_sound_and_train_and_evaluate(task: st
     for name, _ in data_sets:
         given = ["--exits", run / "export", "--config", TASKS / f"{name}.yaml", f"run_dir={tmp_path / 'of' / name}"]
         commands.append(["launch/evaluate.py", *given, f"data.root={tmp_path / name}", *recipe, *few])
-    words = json.dumps([[str(word) for word in command] for command in commands])
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_SCRIPTS, words], cwd=REPOSITORY, capture_output=True, text=True, check=False,
-        env=os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    launchers(*commands)
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [entry["step/stepped"] for entry in logged] == [1.0] * STEPS
     assert not (run / "quarantine.jsonl").exists()
