@@ -92,6 +92,14 @@ def _close() -> None:
     torch.distributed.destroy_process_group()
 
 
+def settle_accelerator() -> bool:
+    """Whether there is a GPU; where not, DeepSpeed, when it is imported after this, does not warn that it found none."""
+    found = torch.accelerator.is_available()
+    if not found:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return found
+
+
 def check_world_size(expected: int | None, actual: int) -> None:
     """Raise UserError when ``actual`` processes are fewer than ``expected``; None expects nothing."""
     if expected is None or actual >= expected:
@@ -214,11 +222,9 @@ def _start(place: Place, timeout: timedelta) -> torch.device:
     os.environ.setdefault(
         "TORCH_EXTENSIONS_DIR", os.path.join(tempfile.gettempdir(), f"free_dist-{os.getuid()}-{os.getppid()}")
     )
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saves a warning about the search for others
-        if place.size > 1 and "OMP_NUM_THREADS" not in os.environ:
-            # As deepspeed and torchrun set it; sums split over more threads differ in their last bits.
-            torch.set_num_threads(1)
+    if not settle_accelerator() and place.size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # As deepspeed and torchrun set it; sums split over more threads differ in their last bits.
+        torch.set_num_threads(1)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

@@ -113,8 +113,6 @@ def processes(device: str | None) -> Iterator[tuple[int, int, str, Callable[[], 
         with StopFlag() as stop:
             yield 0, 1, device or "cpu", lambda: None, stop
         return
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from free_dist.distributed import distributed_session
 
     with distributed_session() as world, StopFlag(world.device) as stop:

@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
 from free_dist.config import DataConfig, Recipe
-from free_dist.ds_config import read_ds_config, with_rows_per_step
+from free_dist.ds_config import read_ds_config, rows_per_step, with_rows_per_step
 from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
 from free_dist.stopping import stop_clearly
@@ -46,10 +45,10 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported, which warns without it
+    from free_dist.distributed import distributed_session, settle_accelerator
+
+    settle_accelerator()  # before what follows imports deepspeed
     from free_dist.data import easyvqa
-    from free_dist.distributed import distributed_session
     from free_dist.training.checkpoint_files import saved_rows_per_step
     from free_dist.training.finetune import finetune
     from free_dist.training.stage1_start import make_start, start_directory
@@ -63,7 +62,7 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> None:
         check_run(recipe, section)
         torch.distributed.barrier()  # nothing is written until every rank has looked
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
-        rows = section["train_micro_batch_size_per_gpu"] * section.get("gradient_accumulation_steps", 1) * world.size
+        rows = rows_per_step({"exits": section}, world.size)
         if ds_config is None:
             check_rows_per_step(recipe, rows, "without --ds_config, finetune.batch_size", fields="finetune.batch_size")
         else:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,11 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported, which warns without it
+    from free_dist.distributed import distributed_session, settle_accelerator
+
+    settle_accelerator()  # before what follows imports deepspeed
     from free_dist.atomic import write_atomically
     from free_dist.data import easyvqa
-    from free_dist.distributed import distributed_session
     from free_dist.training.checkpoint_files import saved_rows_per_step
     from free_dist.training.trainer import train
 

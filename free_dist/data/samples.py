@@ -289,6 +289,11 @@ class SampleEncoder:
             instruction=self.encode_instructions([sample.turns for sample in samples]),
         )
 
+    def text_tokens(self, batch: Batch) -> Tensor:
+        """Tokens of text that the language model reads, scalar: neither padding nor image placeholders."""
+        ids = batch.input_ids
+        return ((ids != self.layout.pad_token_id) & (ids != self.layout.image_token_id)).sum()
+
     def prompt_text(self, turn: Turn) -> str:
         """The prompt of a turn with as much of its history before it as the history's budget of tokens allows."""
         history = turn.history

@@ -2,10 +2,10 @@
 
     found = newest_sound(directory, world, tell)           the newest checkpoint that proves whole, on all ranks alike
     with Checkpoints(...) as checkpoints:
-        done = checkpoints.restore(found)                  0 where there is none
+        done, samples = go_on(checkpoints, found, ...)     0 where there is none; logs are cut back to it
         for step in range(done + 1, steps + 1):
             ...
-            checkpoints.after_step(step, loss, stopped)    saves when a save is due
+            checkpoints.after_step(step, loss, last=...)   saves when a save is due
 
 A save copies what this rank holds into the host's memory and returns; a thread writes the file while training goes on.  When all
 ranks' files are on disk, which ranks learn from each other once per step, rank 0 writes the manifest and gives the directory its
@@ -28,9 +28,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from safetensors import safe_open
 from torch import Tensor
 
-from free_dist.config import TrainingConfig, UserError
+from free_dist.config import Recipe, TrainingConfig, UserError
 from free_dist.data.order import StreamState
 from free_dist.distributed import World, all_gather, all_reduce_sum, all_true, seed_everything
+from free_dist.monitor import LOG
 from free_dist.training.checkpoint_files import (
     FORMAT,
     FileRecord,
@@ -47,6 +48,8 @@ from free_dist.training.checkpoint_files import (
 )
 from free_dist.training.checkpoint_state import Pieces, engine_facts, pieces, restore
 from free_dist.training.random_state import random_state, set_random_state
+from free_dist.training.run_directory import SAMPLES, forget_log_after
+from free_dist.training.sample_log import SampleLog
 
 RANDOM = "random/"
 """Beginning of the names of random states in a rank's file."""
@@ -243,3 +246,17 @@ class Checkpoints:
         else:
             self._job = Future()
             self._job.set_result(None)
+
+
+def go_on(
+    checkpoints: Checkpoints, found: Found | None, recipe: Recipe, world: World, tell: Callable[[str], None]
+) -> tuple[int, SampleLog]:
+    """Restore what was ``found``, say so, and cut the logs back to it; returns the steps done and the log of sample ids."""
+    run_dir = Path(recipe.run_dir)
+    done = checkpoints.restore(found)
+    if found is not None:
+        tell(f"goes on after step {done} of {recipe.training.max_steps}, from {found.path}")
+    if world.is_main:
+        for log in (LOG, SAMPLES):
+            forget_log_after(run_dir / log, done)
+    return done, SampleLog(run_dir / SAMPLES, world, enabled=recipe.training.log_samples)

@@ -39,14 +39,13 @@ from free_dist.distributed import (
     all_true,
     seed_everything,
 )
-from free_dist.ds_config import precision
+from free_dist.ds_config import precision, rows_per_step
 from free_dist.engines import DeepSpeedEngine, build_single_engine, sharded_loading, trained_weights
 from free_dist.monitor import LOG, Monitor
-from free_dist.training.checkpoint import Checkpoints, newest_sound
-from free_dist.training.run_directory import CHECKPOINTS, SAMPLES, forget_log_after, is_evaluated
+from free_dist.training.checkpoint import Checkpoints, go_on, newest_sound
+from free_dist.training.run_directory import CHECKPOINTS, is_evaluated
 from free_dist.training.run_watch import RunWatch
 from free_dist.training.runs import file_hash
-from free_dist.training.sample_log import SampleLog
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.stage1_result import save_backbone, save_trained
 from free_dist.training.stage1_run import ADAPTER, BACKBONE
@@ -148,24 +147,17 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
     tell(describe_parts(backbone.model))
     factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
     engine = build_single_engine(AnswerScores(backbone), section, factor)
-    rows = section["train_micro_batch_size_per_gpu"] * section.get("gradient_accumulation_steps", 1) * world.size
     checkpoints = Checkpoints(
         run_dir / CHECKPOINTS,
         {"backbone": engine},
         world=world,
         training=recipe.training,
-        rows_per_step=rows,
+        rows_per_step=rows_per_step({"exits": section}, world.size),
         tasks=recipe.data.tasks,
         backbone=_weights_hash(start, world),
         facts={"recipe": asdict(recipe), "ds_config": section},
     )
-    done = checkpoints.restore(found)
-    if found is not None:
-        tell(f"goes on after step {done} of {steps}, from {found.path}")
-    if world.is_main:
-        for log in (LOG, SAMPLES):
-            forget_log_after(run_dir / log, done)
-    samples = SampleLog(run_dir / SAMPLES, world, enabled=recipe.training.log_samples)
+    done, samples = go_on(checkpoints, found, recipe, world, tell)
     batches = _remaining_steps(recipe, encoder, section, world, checkpoints.position(done))
     evaluated = _evaluated_samples(recipe, world) if settings.eval_every else {}
     set_training_mode(backbone.model)
@@ -196,7 +188,7 @@ def finetune(recipe: Recipe, section: dict[str, Any], start: Path, world: World,
             loss = _train_one_step(engine, micro_batches, dtype, world)
             watch.step_done(step)
             watchdog.beat(step)
-            tokens += torch.stack([_text_tokens(batch, encoder) for batch in micro_batches]).sum()
+            tokens += torch.stack([encoder.text_tokens(batch) for batch in micro_batches]).sum()
             monitor.advance(samples=sum(len(batch.keys) for batch in micro_batches) * world.size)
             measure = step == 1 or step % recipe.training.log_every == 0 or step == steps
             if measure:
@@ -322,12 +314,6 @@ def _scalars(engine: DeepSpeedEngine, loss: Tensor, task: str) -> dict[str, floa
     norm = engine.get_global_grad_norm()
     values = {"loss": loss.item(), f"loss_{task}": loss.item(), "learning_rate": engine.get_lr()[0]}
     return values if norm is None else values | {"grad_norm": float(norm)}
-
-
-def _text_tokens(batch: Batch, encoder: SampleEncoder) -> Tensor:
-    """Tokens of text that the language model reads, scalar: neither padding nor image placeholders."""
-    ids = batch.input_ids
-    return ((ids != encoder.layout.pad_token_id) & (ids != encoder.layout.image_token_id)).sum()
 
 
 def _random(recipe: Recipe, purpose: str, step: int, world: World) -> random.Random:

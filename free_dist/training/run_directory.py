@@ -6,7 +6,7 @@ Imports no torch.  Knows recipes and files; does not train anything and does not
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,19 +112,19 @@ def check_same_run(
 
 def forget_log_after(log: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run repeats, so that every step is logged once."""
-    if not log.is_file():
-        return
-    with open(log, "rb") as lines, replaced_file(log) as kept:
-        for line in lines:
-            # A process killed while it wrote leaves half a line, the last one.
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.write(line)
+    if log.is_file():
+        with replaced_file(log) as kept:
+            kept.writelines(line for line, entry in _entries(log) if entry["step"] <= step)
 
 
 def is_evaluated(log: Path, step: int) -> bool:
     """Whether the log has the evaluation after ``step``."""
-    if not log.is_file():
-        return False
-    whole = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    entries = (json.loads(line) for line in whole)
-    return any(entry["step"] == step and any(key.startswith(EVALUATION) for key in entry) for entry in entries)
+    return log.is_file() and any(
+        entry["step"] == step and any(key.startswith(EVALUATION) for key in entry) for _, entry in _entries(log)
+    )
+
+
+def _entries(log: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Every whole line of a log; a process killed while it wrote leaves half a one, the last."""
+    with open(log, "rb") as lines:
+        yield from ((line, json.loads(line)) for line in lines if line.endswith(b"\n"))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -19,6 +18,7 @@ from typing import Any
 
 from free_dist.config import Recipe, UserError
 from free_dist.ds_config import read_ds_config
+from free_dist.launchers import free_port
 from free_dist.recipe_io import load_recipe, save_recipe
 from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE, check_same_run
 
@@ -137,7 +137,7 @@ def train_once(
         "--num_gpus",
         num_processes,
         "--master_port",
-        _free_port(),
+        free_port(),
     ]
     command += [script, "--ds_config", ds_config, "--config", wanted]
     threads = max(1, (os.cpu_count() or 1) // num_processes)
@@ -166,9 +166,3 @@ def provenance() -> dict[str, str]:
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     versions = {name: metadata.version(name) for name in ("free_dist", "torch", "deepspeed", "transformers")}
     return {"git_commit": found.stdout.strip() or "unknown", **versions}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -19,7 +19,6 @@ from free_dist.backbones.embedded import resolve_backbone
 from free_dist.config import ConfigError, Recipe, UserError
 from free_dist.data.pretrained import load_pretrained
 from free_dist.data.quarantine import QUARANTINE
-from free_dist.data.samples import Batch, SampleEncoder
 from free_dist.data.stream import training_batches
 from free_dist.data.visual_cache import use_visual_cache
 from free_dist.distributed import (
@@ -55,13 +54,12 @@ from free_dist.exits.export import save_exits
 from free_dist.exits.manifest import BackboneFacts, decoding_settings
 from free_dist.exits.transformer import check_exit_layers, init_block
 from free_dist.exits.variants import ExitVariant
-from free_dist.monitor import LOG, Monitor
+from free_dist.monitor import Monitor
 from free_dist.training.accumulation import train_step
-from free_dist.training.checkpoint import Checkpoints, newest_sound
-from free_dist.training.run_directory import CHECKPOINTS, SAMPLES, forget_log_after
+from free_dist.training.checkpoint import Checkpoints, go_on, newest_sound
+from free_dist.training.run_directory import CHECKPOINTS
 from free_dist.training.run_watch import RunWatch
 from free_dist.training.runs import BACKBONE_FILES, EXPORT, file_hash, provenance
-from free_dist.training.sample_log import SampleLog
 from free_dist.training.sample_texts import check_samples, log_samples
 from free_dist.training.schedule import warmup_cosine
 from free_dist.watchdog import Watchdog
@@ -149,13 +147,7 @@ def train(
         backbone=all_gather([None if facts is None else facts.hash])[0][0] or "",
         facts={"recipe": asdict(recipe), "ds_config": ds_config, BACKBONE_FILES: files_sha256},
     )
-    done = checkpoints.restore(found)
-    if found is not None:
-        tell(f"goes on after step {done} of {steps}, from {found.path}")
-    if world.is_main:
-        for log in (LOG, SAMPLES):
-            forget_log_after(run_dir / log, done)
-    samples = SampleLog(run_dir / SAMPLES, world, enabled=recipe.training.log_samples)
+    done, samples = go_on(checkpoints, found, recipe, world, tell)
     batches = training_batches(
         recipe.data,
         encoder,
@@ -185,7 +177,7 @@ def train(
             report = train_step(engines, micro_batches, recipe.loss, watch.around, cost=recipe.cost, measure=measure)
             watch.step_done(step)
             watchdog.beat(step)
-            tokens += sum(_text_tokens(batch, encoder) for batch in micro_batches)
+            tokens += sum(encoder.text_tokens(batch) for batch in micro_batches)
             monitor.advance(samples=rows)
             if measure:
                 values = _scalars(report, bank.exit_layers, engines, micro_batches[0].task) | watch.measured()
@@ -232,12 +224,6 @@ def train(
         goes_on = "; the same command goes on from there" if recipe.training.save_every else ""
         raise Interrupted(f"stopped after step {step} of {steps}; exits exported to {export}{goes_on}")
     return export
-
-
-def _text_tokens(batch: Batch, encoder: SampleEncoder) -> Tensor:
-    """Tokens of text in a batch, scalar: neither padding nor image placeholders."""
-    ids = batch.input_ids
-    return ((ids != encoder.layout.pad_token_id) & (ids != encoder.layout.image_token_id)).sum()
 
 
 def _scalars(report: dict[str, Tensor], exit_layers: tuple[int, ...], engines: Engines, task: str) -> dict[str, float]:

@@ -7,11 +7,11 @@ between shares one, because imports take longer than the work.
 from __future__ import annotations
 
 import json
-import socket
 
 import pytest
 from checkpoints import COMBINATIONS, FEATURE_LM, overrides
 
+from free_dist.launchers import free_port
 from tests.programs import ROOT, SCRIPTS, launchers, started
 
 pytestmark = pytest.mark.backbones
@@ -22,12 +22,6 @@ NEW_TOKENS = 4
 
 def json_lines(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("checkpoint", [*COMBINATIONS, FEATURE_LM], indirect=True)

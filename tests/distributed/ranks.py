@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+
+from free_dist.launchers import free_port
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -40,9 +41,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
 
     Raises AssertionError with the rank's traceback if one fails.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     pipes = [_context.Pipe(duplex=False) for _ in range(size)]
     processes = [
         _context.Process(target=_rank, args=(rank, size, port, pipes[rank][1], function, arguments), daemon=True)

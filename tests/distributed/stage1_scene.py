@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -258,10 +257,3 @@ def _adapted(backbone: Any, recipe: Recipe, start: Path) -> tuple[list[nn.Module
     }
     modules = dict(backbone.model.named_modules())
     return [modules[name] for name in firsts], list(firsts.values())
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

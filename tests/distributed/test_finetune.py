@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from free_dist.config import Recipe, UserError
 from free_dist.data.pretrained import load_pretrained
+from free_dist.launchers import free_port
 from free_dist.recipe_io import save_recipe
 from free_dist.training.run_directory import CHECKPOINTS
 from free_dist.training.stage1_run import BACKBONE, check_run, write_run
@@ -219,7 +220,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_losses_and_weights_of_an_unin
 def run_until_killed(size: int, lines: int, recipe: Recipe, *arguments: Any) -> None:
     """Start the ranks and kill them all with SIGKILL once so many lines are logged."""
     log = Path(recipe.run_dir) / "log.jsonl"
-    port = scene.free_port()
+    port = free_port()
     processes = []
     for rank in range(size):
         _, sender = multiprocessing.Pipe(duplex=False)
@@ -317,7 +318,7 @@ def test_the_launcher_goes_on_after_ctrl_c_with_the_same_command(starts, tiny_da
     save_recipe(recipe, tmp_path / "recipe.yaml")
     section = scene.section(recipe, size=2, stage=2)
     (tmp_path / "ds.json").write_text(json.dumps(section))
-    command = [SCRIPTS / "deepspeed", "--num_gpus", 2, "--master_port", scene.free_port(), "launch/finetune.py"]
+    command = [SCRIPTS / "deepspeed", "--num_gpus", 2, "--master_port", free_port(), "launch/finetune.py"]
     command += ["--ds_config", tmp_path / "ds.json", "--config", tmp_path / "recipe.yaml"]
     path = os.pathsep.join((str(SCRIPTS), os.environ["PATH"]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}

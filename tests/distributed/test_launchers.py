@@ -13,10 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-import stage1_scene as scene
+import stage1_scene
+import stage2_scene
 
 from free_dist.config import DataConfig, UserError
-from free_dist.launchers import FIRST_PORT, PORTS, is_launched, read_environment, slurm_port
+from free_dist.launchers import FIRST_PORT, PORTS, free_port, is_launched, read_environment, slurm_port
 from free_dist.recipe_io import save_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,57 +136,64 @@ def has_mpi() -> bool:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, tiny_tokenizer) -> Path:
     directory = tmp_path_factory.mktemp("launchers")
-    scene.save_new("opt", tiny_tokenizer, directory / "start")
+    stage1_scene.save_new("opt", tiny_tokenizer, directory / "start")
     return directory
 
 
-def arguments(workplace: Path, data: DataConfig, name: str, steps: int) -> list[str]:
-    recipe = scene.recipe(data, workplace / name, workplace / "start", steps=steps, train=["projection", "lora"])
-    save_recipe(recipe, workplace / f"{name}.yaml")
-    (workplace / "ds.json").write_text(json.dumps(scene.section(recipe, size=2)))
-    return [
-        "launch/finetune.py",
-        "--config",
-        str(workplace / f"{name}.yaml"),
-        "--ds_config",
-        str(workplace / "ds.json"),
-    ]
+def arguments(workplace: Path, data: DataConfig, program: str, name: str, steps: int) -> list[str]:
+    directory, start = workplace / program / name, workplace / "start"
+    if program == "finetune":
+        recipe = stage1_scene.recipe(data, directory, start, steps=steps, train=["projection", "lora"])
+        distribution = stage1_scene.section(recipe, size=2)
+    else:
+        recipe = stage2_scene.recipe(data, directory, start, steps=steps)
+        distribution = stage2_scene.sections(recipe, size=2)
+    config, ds_config = directory.with_suffix(".yaml"), workplace / program / "ds.json"
+    ds_config.parent.mkdir(exist_ok=True)
+    save_recipe(recipe, config)
+    ds_config.write_text(json.dumps(distribution))
+    return [f"launch/{program}.py", "--config", str(config), "--ds_config", str(ds_config)]
 
 
-def logged(workplace: Path, name: str) -> list[dict[str, float]]:
-    log = workplace / name / "log.jsonl"
+def logged(directory: Path) -> list[dict[str, float]]:
+    log = directory / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-@pytest.fixture(scope="module")
-def by_torchrun(workplace: Path, tiny_data: DataConfig) -> list[float]:
-    started = ["torchrun", "--nproc_per_node", "2", "--master_port", str(scene.free_port())]
-    return losses(workplace, tiny_data, "torchrun", started)
+@pytest.fixture(scope="module", params=["finetune", "train"])
+def by_torchrun(request, workplace: Path, tiny_data: DataConfig) -> tuple[str, list[list[float]]]:
+    """Program, and the losses of every step as torchrun's processes find them."""
+    started = ["torchrun", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    return request.param, losses(workplace, tiny_data, request.param, "torchrun", started)
 
 
-def losses(workplace: Path, data: DataConfig, name: str, starter: list[str]) -> list[float]:
+def losses(workplace: Path, data: DataConfig, program: str, name: str, starter: list[str]) -> list[list[float]]:
+    """Everything of every step that is a loss: stage 2 has those of its exits and discriminators."""
     finished = subprocess.run(
-        [*starter, *arguments(workplace, data, name, 4)], cwd=ROOT, env=environment(), capture_output=True, text=True,
-        timeout=400, check=False,
+        [*starter, *arguments(workplace, data, program, name, 4)], cwd=ROOT, env=environment(), capture_output=True,
+        text=True, timeout=400, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
-    found = [entry["loss"] for entry in logged(workplace, name)]
+    entries = [entry for entry in logged(workplace / program / name) if "loss" in entry or "step/loss" in entry]
+    found = [[value for key, value in sorted(entry.items()) if "loss" in key] for entry in entries]
     assert len(found) == 4
     return found
 
 
 @pytest.mark.slow
 def test_deepspeed_starts_the_run_that_torchrun_starts(workplace, tiny_data, by_torchrun) -> None:
-    starter = ["deepspeed", "--num_gpus", "2", "--master_port", str(scene.free_port())]
-    assert losses(workplace, tiny_data, "deepspeed", starter) == by_torchrun
+    program, expected = by_torchrun
+    starter = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    assert losses(workplace, tiny_data, program, "deepspeed", starter) == expected
 
 
 @pytest.mark.mpi
 @pytest.mark.slow
 @pytest.mark.skipif(not has_mpi(), reason="no mpirun: pip install -c constraints.txt -e '.[mpi]'")
 def test_mpirun_starts_the_run_that_torchrun_starts(workplace, tiny_data, by_torchrun) -> None:
-    assert losses(workplace, tiny_data, "mpirun", MPIRUN) == by_torchrun
+    program, expected = by_torchrun
+    assert losses(workplace, tiny_data, program, "mpirun", MPIRUN) == expected
 
 
 @pytest.mark.mpi
@@ -194,13 +202,13 @@ def test_mpirun_starts_the_run_that_torchrun_starts(workplace, tiny_data, by_tor
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 85), (signal.SIGKILL, None)])
 def test_mpirun_ends_when_one_of_its_processes_is_signalled(workplace, tiny_data, number, code) -> None:
     name = f"mpirun-{number.name}"
-    command = [*MPIRUN, *arguments(workplace, tiny_data, name, 100_000)]
+    command = [*MPIRUN, *arguments(workplace, tiny_data, "finetune", name, 100_000)]
     told = workplace / f"{name}.out"
     with open(told, "w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output)
         try:
             deadline = time.monotonic() + 200
-            while len(logged(workplace, name)) < 2:
+            while len(logged(workplace / "finetune" / name)) < 2:
                 assert process.poll() is None and time.monotonic() < deadline, told.read_text()
                 time.sleep(0.1)
             ranks = [

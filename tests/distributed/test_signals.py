@@ -18,6 +18,7 @@ from ranks import run_ranks
 
 from free_dist.config import Recipe
 from free_dist.distributed import REQUEUE, Interrupted, StopFlag
+from free_dist.launchers import free_port
 from free_dist.stopping import INTERRUPTED, StopSignals
 from free_dist.training.run_directory import CHECKPOINTS
 
@@ -236,7 +237,7 @@ def test_usr1_to_one_process_while_it_captions_ends_both_with_the_requeue_code(t
         "--max-length", "12", "--batch-size", "1", "--captioner", str(tmp_path / "captioner"),
         "--filter", str(tmp_path / "filter"),
     ]  # fmt: skip
-    processes = start_two(command, scene.free_port(), tmp_path / "first")
+    processes = start_two(command, free_port(), tmp_path / "first")
     try:
         deadline = time.monotonic() + 200
         while not (tmp_path / "out" / ".train.capfilt").is_dir():
@@ -250,6 +251,6 @@ def test_usr1_to_one_process_while_it_captions_ends_both_with_the_requeue_code(t
     told = "".join((tmp_path / f"first.{rank}").read_text() for rank in range(2))
     assert codes == [REQUEUE, REQUEUE], told
     assert told.count("the same command goes on") == 1 and "Traceback" not in told
-    processes = start_two(command, scene.free_port(), tmp_path / "second")
+    processes = start_two(command, free_port(), tmp_path / "second")
     assert [process.wait(timeout=200) for process in processes] == [0, 0]
     assert "24 images, 48 captions written" in (tmp_path / "second.0").read_text()

@@ -17,17 +17,12 @@ ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "distributed"), str(ROOT)]
 
 import stage1_scene as scene  # noqa: E402
+import stage2_scene as exits_scene  # noqa: E402
 from cluster import Cluster, why_not  # noqa: E402
 from jobs import Run, losses  # noqa: E402
 
-from free_dist.config import (  # noqa: E402
-    BackboneConfig,
-    DataConfig,
-    DecodingConfig,
-    ExitsConfig,
-    Recipe,
-    TrainingConfig,
-)
+from free_dist.config import DataConfig, Recipe  # noqa: E402
+from free_dist.launchers import free_port  # noqa: E402
 from free_dist.recipe_io import save_recipe  # noqa: E402
 
 STEPS = 60
@@ -73,18 +68,8 @@ def prepare_exits(workplace: Path, tiny_data: DataConfig) -> Callable[[str], Run
     """The same for a run of stage 2 on the backbone from which those of stage 1 start."""
 
     def prepared(name: str) -> Run:
-        recipe = Recipe(
-            run_dir=str(workplace / name),
-            backbone=BackboneConfig(path=str(workplace / "start")),
-            data=tiny_data,
-            exits=ExitsConfig(exit_layers=[1, 2], discriminator_hidden_size=16),
-            training=TrainingConfig(max_steps=STEPS, warmup_steps=2, log_every=1, sample_every=0, save_every=20),
-            decoding=DecodingConfig(max_new_tokens=4),
-        )
-        section = scene.section(recipe, size=2)
-        section["optimizer"]["params"]["lr"] = scene.RATE
-        shape = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16")
-        sections = {"backbone": {key: section[key] for key in shape}, "exits": section, "discriminators": section}
+        recipe = exits_scene.recipe(tiny_data, workplace / name, workplace / "start", steps=STEPS, save_every=20)
+        sections = exits_scene.sections(recipe, size=2)
         return saved(recipe, workplace / f"{name}.yaml", sections)
 
     return prepared
@@ -99,7 +84,7 @@ def saved(recipe: Recipe, path: Path, ds_config: dict[str, Any]) -> Run:
 
 def by_torchrun(launcher: str, run: Run) -> list[float]:
     """Losses of a run as torchrun makes it on this machine, nothing happening to it."""
-    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "--master_port", scene.free_port()]
+    command = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
     subprocess.run(
         [str(word) for word in (*command, launcher, *run.arguments)],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True, timeout=300,

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import multiprocessing
 import random
-import socket
 import sys
 import time
 from dataclasses import replace
@@ -30,6 +29,7 @@ from free_dist.config import BackboneConfig, DataConfig, ExitsConfig, Recipe, Tr
 from free_dist.data.shards import write_split  # noqa: E402
 from free_dist.data.stream import corpus  # noqa: E402
 from free_dist.distributed import World  # noqa: E402
+from free_dist.launchers import free_port  # noqa: E402
 
 STEPS = 14
 SAVE_EVERY = 3
@@ -105,9 +105,7 @@ def run_until_killed(
 
     ``moment``: ``any`` time, or as soon as some ``save`` is under way.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = [
         ranks._context.Process(
             target=ranks._rank,
