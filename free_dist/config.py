@@ -239,6 +239,8 @@ class AlarmsConfig:
     """Share of tokens that one exit, or none, takes at ``decoding.confidence_threshold``; looked at in a run's second half."""
     eos_excess: float = 0.05
     """Length bias: share of tokens at which an exit ends the text and the full model does not, less the reverse."""
+    kv_drift: float = 0.1
+    """Difference between a confidence of sample texts, or of the most probable token, and the same without caches."""
     slow_rank: float = 1.5
     """Time of the slowest process for its own work over that of the median one."""
 

@@ -244,24 +244,30 @@ class AlarmRules:
 
     def _decoding(self) -> Iterator[tuple[str, str, str]]:
         # Sample texts are few and seldom: they need no window.
-        for name, limit, worse, message in (
-            (
-                "samples/blocks_over_claimed",
-                1.0,
-                1,
-                "blocks are executed for every one that sample texts claim: no speed-up",
-            ),
-            (
-                "samples/length_ratio",
-                SHORT,
-                -1,
-                "is the length of sample texts with exits over that without: cut short",
-            ),
-        ):
-            last = self._recent.get(name, ())
-            if last and worse * (last[-1] - limit) > 1e-6:
-                kind = "fake_speed_up" if worse > 0 else "length_bias"
-                yield kind, name, f"{last[-1]:.2f} {message}"
+        def last(name: str, otherwise: float) -> float:
+            return (self._recent.get(name) or (otherwise,))[-1]
+
+        blocks, length = last("samples/blocks_over_claimed", 1.0), last("samples/length_ratio", 1.0)
+        if blocks > 1 + 1e-6:
+            yield (
+                "fake_speed_up",
+                "blocks",
+                f"{blocks:.2f} blocks are executed for every one that sample texts claim: no speed-up",
+            )
+        if length < SHORT - 1e-6:
+            yield (
+                "length_bias",
+                "length",
+                f"{length:.2f} is the length of sample texts with exits over that without: cut short",
+            )
+        drift = last("samples/kv_drift", 0.0)
+        if drift > self._config.kv_drift:
+            yield (
+                "kv_drift",
+                "samples",
+                f"sample texts are decoded with confidences up to {drift:.2f} from those without caches (second halves of "
+                f"answers {last('samples/kv_drift_growth', 0.0):+.2f} to the first): cached keys and values are wrong",
+            )
 
 
 def _blind(real: float, fake: float) -> bool:

@@ -1,7 +1,9 @@
 """How long each rank takes for its own work, so that a slow one is found although all wait for it.
 
-A step takes equally long on every rank, because they meet in it.  What a rank does before it meets the others is its own:
-waiting for data, and the forward pass of a module that nobody shards.  Does not know what the module computes.
+A step takes equally long on every rank, because they meet in it.  What a rank does without the others is its own: waiting for
+data, and the forward pass of a module that it has whole.  Of a module that ranks share (ZeRO-3), whose forward pass waits for
+all of them again and again, single layers are timed: what happens between a layer's weights having come and its output.  Does
+not know what the module computes.
 """
 
 from __future__ import annotations
@@ -18,9 +20,12 @@ from free_dist.distributed import World, all_reduce_sum
 
 T = TypeVar("T")
 
+TIMED_LAYERS = 64
+"""Layers of a shared module that are timed, evenly spaced."""
+
 
 class RankClock:
-    """Times this rank's waits for data and the forward passes of ``module`` from construction on."""
+    """Times this rank's waits for data and its own work in the forward passes of ``module``, from construction on."""
 
     def __init__(self, module: nn.Module, world: World) -> None:
         self._world = world
@@ -30,8 +35,10 @@ class RankClock:
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._began: float = 0.0
         self._since = time.perf_counter()
-        module.register_forward_pre_hook(self._begin)
-        module.register_forward_hook(self._end)
+        for part in _own_parts(module):
+            # DeepSpeed's hook, which waits for a layer's weights, was registered before this one and runs before it.
+            part.register_forward_pre_hook(self._begin)
+            part.register_forward_hook(self._end)
 
     def next(self, iterator: Iterator[T]) -> T:
         """The next value of an iterator, whose making counts as waiting for data."""
@@ -76,3 +83,12 @@ class RankClock:
             self._events[-1][1].record()
         else:
             self._computed += time.perf_counter() - self._began
+
+
+def _own_parts(module: nn.Module) -> list[nn.Module]:
+    """What a rank computes without waiting for others: the module itself, or layers of one that is shared."""
+    if not any(hasattr(parameter, "ds_tensor") for parameter in module.parameters()):
+        return [module]
+    layers = [part for part in module.modules() if next(part.parameters(recurse=False), None) is not None]
+    layers = [layer for layer in layers if not any(layer.children())]
+    return layers[:: max(1, len(layers) // TIMED_LAYERS)]

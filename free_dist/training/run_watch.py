@@ -32,7 +32,7 @@ from free_dist.training.rank_clock import RankClock
 
 T = TypeVar("T")
 
-SAMPLES = ("samples/blocks_over_claimed", "samples/length_ratio")
+SAMPLES = ("samples/blocks_over_claimed", "samples/length_ratio", "samples/kv_drift", "samples/kv_drift_growth")
 """What rank 0 may learn from sample texts."""
 
 NAMED = 8
@@ -48,7 +48,7 @@ class _Watched:
     gradients: GradientNorms
     frozen: Mapping[str, nn.Module]
     timed: nn.Module
-    """Module whose forward pass is each rank's own work."""
+    """Module whose forward pass holds each rank's own work."""
     dtype: torch.dtype
     exit_layers: Sequence[int] = ()
     joint: bool = False

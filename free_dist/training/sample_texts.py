@@ -5,9 +5,12 @@ Knows how a sample is decoded and shown; does not know when, nor what is trained
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from free_dist.backbones import Backbone
+import torch
+from torch import Tensor
+
+from free_dist.backbones import Backbone, Instruction
 from free_dist.config import Recipe, UserError
 from free_dist.data.samples import Sample, SampleEncoder
 from free_dist.data.shards import ShardError, shard_paths
@@ -16,6 +19,7 @@ from free_dist.decoding.generate import generate
 from free_dist.decoding.result import GenerationResult
 from free_dist.exits import ExitBank
 from free_dist.monitor import Monitor
+from free_dist.training.cache_drift import answer_drift, drift_checks
 from free_dist.training.sample_checks import sample_checks
 
 SHOWN_SAMPLES = 4
@@ -43,18 +47,26 @@ def log_samples(
 ) -> dict[str, float]:
     """Generate a few calibration samples with the exits as they are, and log question, answer and exits as a table.
 
-    Returns what :func:`~free_dist.training.sample_checks.sample_checks` says of them.
+    Returns what :func:`~free_dist.training.sample_checks.sample_checks` and
+    :func:`~free_dist.training.cache_drift.drift_checks` say of them.
     """
     lines = ["| task | prompt | expected | generated | exit after block |", "|---|---|---|---|---|"]
     exits = _decoding_copy(bank, decoder)
-    early, full = [], []
+    early, full, drifts = [], [], []
     for task in recipe.data.tasks:
         for sample in split_samples(recipe.data, SAMPLED_SPLIT, task, max_samples=SHOWN_SAMPLES):
-            early.append(_decoded(sample, decoder, exits, encoder, recipe))
-            full.append(_decoded(sample, decoder, None, encoder, recipe))
+            pixels, prompt, instruction = _inputs(sample, decoder, encoder)
+            options: dict[str, Any] = {
+                "instruction": instruction,
+                "max_new_tokens": recipe.decoding.max_new_tokens,
+            }
+            threshold = recipe.decoding.confidence_threshold
+            early.append(generate(decoder, exits, pixels, prompt, thresholds=threshold, **options)[0])
+            full.append(generate(decoder, None, pixels, prompt, **options)[0])
+            drifts.append(answer_drift(decoder, exits, pixels, prompt, early[-1], instruction=instruction))
             lines.append(_sample_row(sample, early[-1], encoder))
     monitor.text(step, "samples", "\n".join(lines))
-    return sample_checks(early, full)
+    return sample_checks(early, full) | drift_checks(drifts)
 
 
 def _decoding_copy(bank: ExitBank, decoder: Backbone) -> ExitBank:
@@ -64,21 +76,12 @@ def _decoding_copy(bank: ExitBank, decoder: Backbone) -> ExitBank:
     return copy.merged()
 
 
-def _decoded(
-    sample: Sample, decoder: Backbone, exits: ExitBank | None, encoder: SampleEncoder, recipe: Recipe
-) -> GenerationResult:
+def _inputs(sample: Sample, decoder: Backbone, encoder: SampleEncoder) -> tuple[Tensor, Tensor, Instruction | None]:
+    """Pixels, prompt and the Q-Former's instruction of one sample, each one row, where the decoder is."""
     parameter = next(decoder.parameters())
     pixels = encoder.encode_image(sample.image)[None].to(parameter.device, parameter.dtype)
     prompt = torch.tensor([encoder.encode_prompt(sample.turns)], device=parameter.device)
-    return generate(
-        decoder,
-        exits,
-        pixels,
-        prompt,
-        instruction=encoder.encode_instruction(sample.turns, parameter.device),
-        thresholds=None if exits is None else recipe.decoding.confidence_threshold,
-        max_new_tokens=recipe.decoding.max_new_tokens,
-    )[0]
+    return pixels, prompt, encoder.encode_instruction(sample.turns, parameter.device)
 
 
 def _sample_row(sample: Sample, result: GenerationResult, encoder: SampleEncoder) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 from free_dist.config import AlarmsConfig, DecodingConfig, LossConfig, Recipe, RunFailed, TrainingConfig
 from free_dist.data.samples import IGNORE, Batch
 from free_dist.distributed import World
+from free_dist.ds_config import needs_frozen_copy
 from free_dist.engines import Engines, build_engines
 from free_dist.monitor import LOG, Monitor
 from free_dist.training.run_watch import RunWatch
@@ -50,7 +51,7 @@ def run(
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     world = World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu"))
     sections = sections or scene.sections(world_size=size, accumulation=accumulation)
-    backbone, bank, classifiers = scene.modules()
+    backbone, bank, classifiers = scene.modules(copy_frozen=needs_frozen_copy(sections))
     before(classifiers)
     engines = build_engines(backbone, bank, classifiers, sections, factor)
     engines.exits.train()
@@ -141,6 +142,12 @@ def delayed(engines: Engines) -> None:
         engines.backbone.register_forward_hook(lambda *_: time.sleep(0.3))
 
 
+def delayed_layer(engines: Engines) -> None:
+    """Rank 1 needs 0.3 s more for one layer of a backbone that ranks share."""
+    if torch.distributed.get_rank() == 1:
+        engines.backbone.block(1).fc1.register_forward_hook(lambda *_: time.sleep(0.3))
+
+
 def one_process() -> dict[str, tuple[Log, str]]:
     """Every broken run of one process, and a healthy one."""
     return {
@@ -200,6 +207,9 @@ def two_processes() -> dict[str, tuple[Log, str]]:
 
     return {
         "slow": run(breakage=delayed, steps=8),
+        "slow, shared backbone": run(
+            breakage=delayed_layer, sections=scene.sections(backbone_stage=3, world_size=2), steps=8
+        ),
         "input": run(batch=spoilt, steps=6),
         "gradient": run(at_step=overflowing_gradient, steps=8, accumulation=2),
         "loss": run(loss=infinite, steps=6),

@@ -110,8 +110,9 @@ def test_a_gradient_that_vanishes_is_seen(runs) -> None:
     assert first(run, "vanished_gradient") >= 8
 
 
-def test_a_slow_rank_is_named(pairs) -> None:
-    (message,) = events(pairs["slow"])["slow_rank"]
+@pytest.mark.parametrize("name", ["slow", "slow, shared backbone"])
+def test_a_slow_rank_is_named(pairs, name: str) -> None:
+    (message,) = events(pairs[name])["slow_rank"]
     assert message.startswith("rank 1 takes")
     assert "slow_rank" not in events(pairs["input"])
 

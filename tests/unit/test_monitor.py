@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from free_dist.config import AlarmsConfig, MissingFileError
+from free_dist.decoding.cache import PendingCache
 from free_dist.decoding.generate import generate
 from free_dist.evaluation.training_curves import draw_training_curves, read_log, training_curves
 from free_dist.exits import ExitBank
@@ -21,6 +22,7 @@ from free_dist.flops import CountedOperations, FlopMeter, measured_peak
 from free_dist.gradients import GradientNorms
 from free_dist.monitor import LOG, Monitor
 from free_dist.training.alarms import AlarmRules
+from free_dist.training.cache_drift import answer_drift, drift_checks
 from free_dist.training.frozen_weights import FrozenWeights, fingerprint
 from free_dist.training.sample_checks import sample_checks
 
@@ -177,3 +179,44 @@ def test_an_honest_decoder_executes_the_blocks_it_claims_and_another_is_told(tin
     assert rules.look(1, honest) == []
     assert [alarm.name for alarm in rules.look(2, sample_checks(late, full.rows))] == ["fake_speed_up"]
     assert [alarm.name for alarm in rules.look(3, sample_checks(short, full.rows))] == ["length_bias"]
+
+
+def test_wrong_caches_drift_from_an_exact_recomputation_and_exact_ones_do_not(tiny_backbone, monkeypatch) -> None:
+    bank = ExitBank(tiny_backbone, (1, 3)).eval()
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 64, 64)
+    prompt = torch.tensor([[tiny_backbone.layout.image_token_id] * tiny_backbone.layout.num_query_tokens + [7, 8]])
+    # Confidences of an untrained head are all alike; a sharper one makes some tokens leave and some not.
+    monkeypatch.setattr(bank.lm_head, "weight", nn.Parameter(20 * bank.lm_head.weight.data, requires_grad=False))
+
+    def drift(threshold: float) -> dict[str, float]:
+        result = generate(
+            tiny_backbone, bank, pixels, prompt, thresholds=threshold, max_new_tokens=12, eos_token_id=-1
+        )[0]
+        return drift_checks([answer_drift(tiny_backbone, bank, pixels, prompt, result)])
+
+    confidences = generate(tiny_backbone, bank, pixels, prompt, thresholds=0.0, max_new_tokens=12, eos_token_id=-1)[
+        0
+    ].confidences
+    threshold = sorted(confidences)[6]
+    exact = drift(threshold)
+    assert exact["samples/kv_drift"] < 1e-5
+    rules = AlarmRules(AlarmsConfig(), exit_layers=(1, 3), total_steps=100)
+    assert rules.look(1, exact) == []
+
+    honest = PendingCache._run_segment
+
+    def forgetful(
+        self: PendingCache, segment: int, rows: list, starts: list, stops: list, *, last_only: bool
+    ) -> Tensor:
+        """States that waited before a deeper segment are forgotten: their keys and values become those of nothing."""
+        if segment:
+            for row in rows:
+                self._inputs[segment][row, starts[row] : stops[row] - 1] = 0
+        return honest(self, segment, rows, starts, stops, last_only=last_only)
+
+    monkeypatch.setattr(PendingCache, "_run_segment", forgetful)
+    wrong = drift(threshold)
+    (alarm,) = rules.look(2, wrong)
+    assert alarm.name == "kv_drift"
+    assert f"up to {wrong['samples/kv_drift']:.2f}" in alarm.message
