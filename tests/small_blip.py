@@ -53,3 +53,18 @@ def _save(model_class: type[PreTrainedModel], directory: Path, seed: int) -> Pat
             torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
     model.save_pretrained(directory)
     return directory
+
+
+def capfilt_words(models: Path, source: Path, out: Path, *extra: object) -> list[str]:
+    """The arguments of ``launch/capfilt.py`` with the models that were saved to ``models/captioner`` and ``models/filter``."""
+    words = [
+        "--out", out, "--source", source, "--captioner", models / "captioner", "--filter", models / "filter",
+        "--captions", 2, "--min-length", 6, "--max-length", 12, "--batch-size", 4, *extra,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def captioned_files(out: Path) -> dict[str, bytes]:
+    """Everything below ``out`` but the indices, which whoever reads a shard first puts beside it."""
+    found = [path for path in sorted(out.rglob("*")) if path.is_file() and path.suffix != ".index"]
+    return {str(path.relative_to(out)): path.read_bytes() for path in found}

@@ -13,7 +13,7 @@ import pytest
 
 from free_dist.config import DataConfig
 from free_dist.data.stream import epoch_samples, records, split_samples
-from tests.small_blip import save_captioner, save_filter
+from tests.small_blip import capfilt_words, captioned_files, save_captioner, save_filter
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
@@ -32,22 +32,12 @@ def workplace(tmp_path_factory) -> Path:
     return root
 
 
-def command(workplace: Path, tiny_root: Path, out: Path, *extra: object) -> list[str]:
-    words = [
-        "launch/capfilt.py", "--source", tiny_root, "--out", out, "--captioner", workplace / "captioner",
-        "--filter", workplace / "filter", "--captions", 2, "--min-length", 6, "--max-length", 12, "--batch-size", 4, *extra,
-    ]  # fmt: skip
-    return [str(word) for word in words]
+def command(*arguments: object) -> list[str]:
+    return ["launch/capfilt.py", *capfilt_words(*arguments)]
 
 
 def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-
-
-def files(out: Path) -> dict[str, bytes]:
-    """Everything below ``out`` but the indices, which whoever reads a shard first puts beside it."""
-    found = [path for path in sorted(out.rglob("*")) if path.is_file() and path.suffix != ".index"]
-    return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +56,7 @@ def test_two_processes_write_the_files_of_one(workplace, tiny_root, alone) -> No
     finished = launch([*starter, *command(workplace, tiny_root, out)])
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("captions written") == 1
-    assert files(out) == files(alone)
+    assert captioned_files(out) == captioned_files(alone)
 
 
 def test_what_it_wrote_trains_and_evaluates(alone: Path, tiny_root: Path) -> None:
@@ -99,11 +89,11 @@ def test_a_run_of_two_that_is_killed_goes_on_as_one_with_what_is_whole(workplace
     assert finished.returncode == 0, finished.stderr
     assert kept.samefile(out / "train" / f"{whole[0].stem}.tar"), "the very file, not one like it"
     kept.unlink()
-    assert files(out) == files(alone)
+    assert captioned_files(out) == captioned_files(alone)
 
 
 def test_a_second_run_with_other_settings_is_refused_in_one_line(workplace, tiny_root, alone) -> None:
-    before = files(alone)
+    before = captioned_files(alone)
     other = launch([sys.executable, *command(workplace, tiny_root, alone, "--threshold", 0.9)])
     assert other.returncode == 2 and "threshold 0.5, not 0.9" in other.stderr and "Traceback" not in other.stderr
-    assert files(alone) == before
+    assert captioned_files(alone) == before
