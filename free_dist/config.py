@@ -135,6 +135,8 @@ class ExitsConfig:
     """Rank of the updates of ``lora``."""
     bottleneck_size: int | None = None
     """Inner width of ``bottleneck``; None: a quarter of the model's width."""
+    discriminator: str = "per_exit"
+    """``per_exit``: a discriminator for each exit; ``shared``: one that judges all of them."""
     discriminator_hidden_size: int = 256
     """Width of the feature classifier's hidden layer."""
 
@@ -149,6 +151,8 @@ class LossConfig:
     """lambda, the weight of the task loss in the generator's objective; 0 trains with the adversarial loss alone."""
     adversarial_weight: float = 0.1
     """Weight of the adversarial loss in the generator's objective; 0 switches the discriminators off."""
+    discriminator_steps: int = 1
+    """Updates of the discriminators for every one of the exits; above 1 needs ``gradient_accumulation_steps`` 1."""
     temperature: float = 1.0
     """Softmax temperature T of the KL loss, which is multiplied by T squared."""
     exit_weighting: str = "uniform"

@@ -98,13 +98,16 @@ def build_engines(
     classifiers: nn.Module | None,
     ds_config: dict[str, dict[str, Any]],
     schedule_factor: Callable[[int], float],
+    *,
+    discriminator_steps: int = 1,
 ) -> Engines:
     """Wrap the three modules, in place, inside a running process group.
 
     ``ds_config`` comes from :func:`~free_dist.ds_config.read_ds_config`; ``schedule_factor`` maps an optimizer step to a
-    factor on each section's learning rate.  ``classifiers`` None builds no discriminators.  The bank must own copies of
-    the shared modules when :func:`~free_dist.ds_config.needs_frozen_copy` says so.  Raises ValueError otherwise,
-    UserError for an optimizer that would be compiled on CPU.
+    factor on each section's learning rate; discriminators make ``discriminator_steps`` updates in one.  ``classifiers`` None
+    builds no discriminators.  The bank must own copies of the shared modules when
+    :func:`~free_dist.ds_config.needs_frozen_copy` says so.  Raises ValueError otherwise, UserError for an optimizer that would
+    be compiled on CPU.
     """
     if needs_frozen_copy(ds_config) and _shares_parameters(backbone, bank):
         raise ValueError(
@@ -113,7 +116,12 @@ def build_engines(
     exits = _trained_engine(bank, ds_config["exits"], "exits", schedule_factor)
     discriminators = None
     if classifiers is not None:
-        discriminators = _trained_engine(classifiers, ds_config["discriminators"], "discriminators", schedule_factor)
+        discriminators = _trained_engine(
+            classifiers,
+            ds_config["discriminators"],
+            "discriminators",
+            lambda update: schedule_factor(update // discriminator_steps),
+        )
     return Engines(
         backbone=_frozen_backbone(backbone, ds_config["backbone"], exits.device),
         exits=exits,

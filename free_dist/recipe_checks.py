@@ -65,6 +65,16 @@ def check_rows_per_step(recipe: Recipe, rows: int, distribution: str, fields: st
         )
 
 
+def check_discriminator_steps(recipe: Recipe, accumulation: int, distribution: str) -> None:
+    """Raise ConfigError where discriminators would step between the micro-batches of one step."""
+    steps = recipe.loss.discriminator_steps
+    if steps > 1 and accumulation > 1:
+        raise ConfigError(
+            f"loss.discriminator_steps={steps}: {distribution} has gradient_accumulation_steps {accumulation}, and "
+            "discriminators cannot step in the middle of a step: set that to 1, or this field"
+        )
+
+
 def _require(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
         raise ConfigError(f"{name}={value!r}: {wanted}")
@@ -147,6 +157,7 @@ def _check_exits(exits: ExitsConfig) -> None:
     _at_least(1, "exits.rank", exits.rank)
     if exits.bottleneck_size is not None:
         _at_least(1, "exits.bottleneck_size", exits.bottleneck_size)
+    _one_of("exits.discriminator", exits.discriminator, ("per_exit", "shared"))
     _at_least(1, "exits.discriminator_hidden_size", exits.discriminator_hidden_size)
 
 
@@ -161,6 +172,7 @@ def _check_loss(loss: LossConfig) -> None:
         loss.task_weight,
         "loss.adversarial_weight is 0 as well, so the exits would learn nothing; set one of the two above 0",
     )
+    _at_least(1, "loss.discriminator_steps", loss.discriminator_steps)
     _positive("loss.temperature", loss.temperature)
 
 

@@ -1,42 +1,55 @@
 #!/usr/bin/env python
-"""Does the adversarial loss help?  Trains exits with CE+GAN and with CE only, at equal steps, over several seeds.
+"""What does each setting bring?  Trains exits with one thing changed at a time, over several seeds at equal steps.
 
-Reports teacher-forced accuracy at every exit on the test split, as mean and standard deviation over seeds, beside the same
-blocks read without an exit transformer.  Runs that were made before are reused.
+Every file of launch/recipes/ablations changes the base recipe in one thing: no adversarial loss, no task loss, KL instead of
+labels, other starting blocks, numbers of exits, discriminators, exit variants.  Measures teacher-forced accuracy behind every
+exit on the test split, with 95% intervals over seeds and differences paired by seed.  Runs that were made before are reused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import shlex
+import sys
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from free_dist.config import Recipe
+from free_dist.config import Recipe, UserError, nearest
 from free_dist.recipe_io import add_device_arguments, add_recipe_arguments, fail_clearly, load_recipe
-from free_dist.training.runs import add_launch_arguments, train_once
+from free_dist.training.runs import add_launch_arguments, provenance, train_once
 
 LAUNCH = Path(__file__).resolve().parent
+BASE_RECIPE = LAUNCH / "recipes" / "ablation.yaml"
+ABLATIONS = {path.stem: path for path in sorted((LAUNCH / "recipes" / "ablations").glob("*.yaml"))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_launch_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help=f"ablations beside the base; default: all of {', '.join(ABLATIONS)}"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
     add_device_arguments(parser)
     add_recipe_arguments(parser, default="launch/recipes/ablation.yaml")
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):
-        recipe = load_recipe(arguments.config or LAUNCH / "recipes" / "ablation.yaml", arguments.overrides)
+        names = arguments.only or list(ABLATIONS)
+        for name in names:
+            if name not in ABLATIONS:
+                raise UserError(f"--only {name}: no such ablation; did you mean {nearest(name, ABLATIONS)!r}?")
+        configs = arguments.config or [str(BASE_RECIPE)]
+        recipes = {"base": load_recipe(configs, arguments.overrides)}
+        recipes |= {name: load_recipe([*configs, str(ABLATIONS[name])], arguments.overrides) for name in names}
         run(
-            recipe, arguments.seeds, arguments.ds_config, arguments.num_gpus, device=arguments.device, dtype=arguments.dtype
+            recipes, arguments.seeds, arguments.ds_config, arguments.num_gpus, device=arguments.device, dtype=arguments.dtype
         )  # fmt: skip
 
 
 def run(
-    recipe: Recipe,
+    recipes: dict[str, Recipe],
     seeds: list[int],
     ds_config: Path,
     num_processes: int,
@@ -44,21 +57,20 @@ def run(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> None:
-    """Train methods x seeds, probe them all at once on ``device``, write ``ablation.json`` and print the table."""
+    """Train settings x seeds, probe them all at once on ``device``, write ``ablation.json`` and print the table."""
     from free_dist.backbones.embedded import resolve_backbone
 
-    exports: dict[str, Path] = {}
-    for seed in seeds:
-        for method, weight in (("CE+GAN", recipe.loss.adversarial_weight), ("CE only", 0.0)):
-            name = f"{method} seed {seed}"
+    base = recipes["base"]
+    exports: dict[tuple[str, int], Path] = {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        for place, seed in enumerate(seeds):
+            print(f"\n[{number * len(seeds) + place + 1}/{len(recipes) * len(seeds)}] {name}, seed {seed}", flush=True)
             part = replace(
                 recipe,
-                run_dir=str(Path(recipe.run_dir) / name.lower().replace(" ", "-").replace("+", "-")),
-                loss=replace(recipe.loss, adversarial_weight=weight),
+                run_dir=str(Path(base.run_dir) / f"{name}-seed-{seed}"),
                 training=replace(recipe.training, seed=seed),
             )
-            print(f"\n{name}", flush=True)
-            exports[name], _ = train_once(
+            exports[name, seed], _ = train_once(
                 part,
                 script=LAUNCH / "train.py",
                 ds_config=ds_config,
@@ -68,38 +80,44 @@ def run(
 
     from free_dist.atomic import write_atomically
     from free_dist.data.pretrained import load_for_inference
+    from free_dist.evaluation.ablation import ablation_rows, ablation_table
     from free_dist.evaluation.probe import LENS, probe_exits
+    from free_dist.evaluation.report import aligned
     from free_dist.exits.export import load_exits
 
-    backbone, encoder = load_for_inference(recipe.backbone, device=device, dtype=dtype)
-    banks = {name: load_exits(backbone, export) for name, export in exports.items()}
-    probes = probe_exits(backbone, encoder, banks, recipe)
-    table: list[dict[str, object]] = []
-    for probe in probes:
-        by_method: dict[str, list[dict[int, float]]] = defaultdict(list)
-        for name in banks:
-            by_method[name.split(" seed ")[0]].append(probe.accuracy(name))
-        lens = probe.accuracy(LENS)
-        for k in recipe.exits.exit_layers:
-            row: dict[str, object] = {"task": probe.task, "exit": k, "tokens": probe.tokens, "no exit": lens[k]}
-            row["full"] = lens[backbone.n_blocks]
-            for method, runs in by_method.items():
-                row[method] = [one[k] for one in runs]
-            table.append(row)
-    write_atomically(Path(recipe.run_dir) / "ablation.json", json.dumps(table, indent=1).encode())
-    print(f"\nanswer-token accuracy, {len(seeds)} seeds, {recipe.training.max_steps} steps each")
-    print(f"{'task':10} {'exit':>4} {'no exit transformer':>20} {'CE only':>16} {'CE+GAN':>16} {'full':>7}")
-    for row in table:
-        cells = [_mean_and_deviation(row[method]) for method in ("CE only", "CE+GAN")]
-        print(
-            f"{row['task']:10} {row['exit']:4} {row['no exit']:20.3f} {cells[0]:>16} {cells[1]:>16} {row['full']:7.3f}"
-        )
-
-
-def _mean_and_deviation(values: object) -> str:
-    assert isinstance(values, list)
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ±{deviation:.4f}"
+    backbone, encoder = load_for_inference(base.backbone, device=device, dtype=dtype)
+    banks = {f"{name} {seed}": load_exits(backbone, export) for (name, seed), export in exports.items()}
+    parameters = {
+        name: sum(weight.numel() for weight in banks[f"{name} {seeds[0]}"].trainable_state_dict().values())
+        for name in recipes
+    }
+    rows = []
+    for probe in probe_exits(backbone, encoder, banks, base):
+        accuracies = defaultdict(list)
+        for name, seed in exports:
+            accuracies[name].append(probe.accuracy(f"{name} {seed}"))
+        full = probe.accuracy(LENS)[backbone.n_blocks]
+        rows += ablation_rows(accuracies, task=probe.task, full=full, tokens=probe.tokens, parameters=parameters)
+    found = {
+        "format": 1,
+        "command": shlex.join(["python", *sys.argv]),
+        "provenance": provenance(),
+        "recipe": asdict(base),
+        "seeds": seeds,
+        "changes": {
+            name: ABLATIONS[name].read_text().splitlines()[0].lstrip("# ") for name in recipes if name != "base"
+        },
+        "rows": [row.to_json() for row in rows],
+    }
+    path = Path(base.run_dir) / "ablation.json"
+    write_atomically(path, (json.dumps(found, indent=1) + "\n").encode())
+    steps = base.training.max_steps
+    print(f"\nanswer-token accuracy, {len(seeds)} seeds, {steps} steps each; in brackets the difference to the base\n")
+    print(aligned(ablation_table(rows)))
+    full_model = {row.task: row.full for row in rows}
+    print(f"\nfull model: {', '.join(f'{task} {accuracy:.3f}' for task, accuracy in full_model.items())}")
+    print("* not 0 with 95% confidence, paired by seed, no correction for the number of comparisons")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from free_dist.config import DataConfig, Recipe
-from free_dist.ds_config import read_ds_config, rows_per_step, with_rows_per_step
-from free_dist.recipe_checks import check_rows_per_step
+from free_dist.ds_config import gradient_accumulation_steps, read_ds_config, rows_per_step, with_rows_per_step
+from free_dist.recipe_checks import check_discriminator_steps, check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
 from free_dist.stopping import stop_clearly
 from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE
@@ -67,6 +67,7 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
         ds_config = with_rows_per_step(ds_config, saved_rows_per_step(run_dir / CHECKPOINTS), world.size)
         rows = rows_per_step(ds_config, world.size)
         check_rows_per_step(recipe, rows, f"{ds_config_path} on {processes}")
+        check_discriminator_steps(recipe, gradient_accumulation_steps(ds_config), f"{ds_config_path} on {processes}")
         if world.is_main:
             print(
                 f"{processes} on {world.device.type}, {rows} rows per step; deepspeed --num_gpus N starts N", flush=True

@@ -81,7 +81,7 @@ def write_report(
 
 def terminal_table(rows: Sequence[Row]) -> str:
     """All rows as aligned text; ``*`` marks the fastest row of a task that keeps 99% of the full model's quality."""
-    return _aligned([_HEADINGS, *_cells(rows)])
+    return aligned([_HEADINGS, *_cells(rows)])
 
 
 def markdown_report(rows: Sequence[Row], probes: Sequence[Probe], figures: dict[str, Path]) -> str:
@@ -150,7 +150,8 @@ def _with_interval(ratio: float | None, interval: Sequence[float] | None) -> str
     return f"{ratio:.2f}" if interval is None else f"{ratio:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, headings first, as text with columns of equal width."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))

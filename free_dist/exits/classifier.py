@@ -1,4 +1,4 @@
-"""Feature classifiers: one discriminator per exit, told real from fake by token features.
+"""Feature classifiers: discriminators, one per exit or one for all, that tell real from fake by token features.
 
 Real is the normed final-layer feature, fake the normed exit feature (FREE, section 3).  Discarded at inference.
 """
@@ -14,10 +14,12 @@ LEAK = 0.2
 
 
 class FeatureClassifiers(nn.Module):
-    """K independent MLPs D -> hidden -> 1, with stacked weights so that all run in two batched products."""
+    """K independent MLPs D -> hidden -> 1, with stacked weights so that all run in two batched products; or one for all K."""
 
-    def __init__(self, n_exits: int, feature_size: int, hidden_size: int) -> None:
+    def __init__(self, n_exits: int, feature_size: int, hidden_size: int, *, shared: bool = False) -> None:
+        """``shared``: one MLP judges the features of every exit."""
         super().__init__()
+        n_exits = 1 if shared else n_exits
         self.weight_in = nn.Parameter(torch.empty(n_exits, feature_size, hidden_size))
         self.bias_in = nn.Parameter(torch.zeros(n_exits, 1, hidden_size))
         self.weight_out = nn.Parameter(torch.empty(n_exits, hidden_size, 1))
@@ -28,5 +30,6 @@ class FeatureClassifiers(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[K, N, D] -> logits [K, N]; positive means real."""
-        hidden = F.leaky_relu(torch.baddbmm(self.bias_in, features, self.weight_in), LEAK)
-        return torch.baddbmm(self.bias_out, hidden, self.weight_out).squeeze(-1)
+        weight_in, weight_out = (weight.expand(len(features), -1, -1) for weight in (self.weight_in, self.weight_out))
+        hidden = F.leaky_relu(torch.baddbmm(self.bias_in, features, weight_in), LEAK)
+        return torch.baddbmm(self.bias_out, hidden, weight_out).squeeze(-1)

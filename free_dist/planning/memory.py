@@ -145,7 +145,10 @@ def _exits(
         classifiers = None
         if recipe.loss.adversarial_weight > 0:
             classifiers = FeatureClassifiers(
-                len(settings.exit_layers), backbone.hidden_size, settings.discriminator_hidden_size
+                len(settings.exit_layers),
+                backbone.hidden_size,
+                settings.discriminator_hidden_size,
+                shared=settings.discriminator == "shared",
             )
     modules: dict[str, nn.Module] = {"backbone": backbone, "exits": bank.to(dtype)}
     if classifiers is not None:

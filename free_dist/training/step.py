@@ -18,7 +18,7 @@ from free_dist.backbones.packed import Packing
 from free_dist.config import CostConfig, LossConfig
 from free_dist.data.samples import IGNORE, Batch
 from free_dist.distributed import all_reduce_mean
-from free_dist.engines import Engines, frozen, joint_step
+from free_dist.engines import DeepSpeedEngine, Engines, frozen, joint_step
 from free_dist.exits import ExitBank
 from free_dist.losses import (
     cross_entropy_loss,
@@ -71,12 +71,10 @@ def adversarial_step(
     report: dict[str, Tensor] = {}
     generator = torch.zeros(len(fake), device=engines.device)
     if engines.discriminators is not None:
-        d_real, d_fake = engines.discriminators(torch.cat([real, fake.detach()], dim=1)).float().chunk(2, dim=1)
-        d_loss = share * discriminator_loss(d_real, d_fake)
-        engines.discriminators.backward(d_loss.sum())
-        report["d_loss"] = d_loss
-        report["d_accuracy_real"] = share * (d_real > 0).float().mean(-1)
-        report["d_accuracy_fake"] = share * (d_fake <= 0).float().mean(-1)
+        for _ in range(config.discriminator_steps - 1):  # updates of their own, before the one that both players make
+            discriminator_pass(engines.discriminators, real, fake.detach(), share)
+            engines.discriminators.step()
+        report |= discriminator_pass(engines.discriminators, real, fake.detach(), share)
 
     # G step: through the bare, frozen classifiers.  Through their engine, ZeRO would count this backward pass as theirs.
     classifiers = torch.nn.Identity() if engines.discriminators is None else engines.discriminators.module
@@ -100,6 +98,18 @@ def adversarial_step(
         report["stepped"] = torch.tensor(float(moved), device=engines.device)
         report |= {f"grad_norm/{name}": norm for name, norm in engines.grad_norms().items()}
     return {name: value.detach() for name, value in report.items()}
+
+
+def discriminator_pass(engine: DeepSpeedEngine, real: Tensor, fake: Tensor, share: Tensor) -> dict[str, Tensor]:
+    """Forward and backward pass of the discriminators over real and fake features [K, N, D]; their losses and accuracies, [K]."""
+    d_real, d_fake = engine(torch.cat([real, fake], dim=1)).float().chunk(2, dim=1)
+    d_loss = share * discriminator_loss(d_real, d_fake)
+    engine.backward(d_loss.sum())
+    return {
+        "d_loss": d_loss,
+        "d_accuracy_real": share * (d_real > 0).float().mean(-1),
+        "d_accuracy_fake": share * (d_fake <= 0).float().mean(-1),
+    }
 
 
 def packing_of(cost: CostConfig, answers: Tensor) -> Packing | None:

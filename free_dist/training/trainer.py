@@ -122,7 +122,10 @@ def train(
     classifiers = None
     if recipe.loss.adversarial_weight > 0:
         classifiers = FeatureClassifiers(
-            len(bank.exit_layers), backbone.hidden_size, recipe.exits.discriminator_hidden_size
+            len(bank.exit_layers),
+            backbone.hidden_size,
+            recipe.exits.discriminator_hidden_size,
+            shared=recipe.exits.discriminator == "shared",
         )
     decoder = None
     if world.is_main and recipe.training.sample_every:
@@ -133,7 +136,9 @@ def train(
             decoder = load_pretrained(recipe.backbone.path, dtype=dtype, **options)[0].to(world.device)
     steps = recipe.training.max_steps
     factor = warmup_cosine(warmup_steps=recipe.training.warmup_steps, max_steps=steps)
-    engines = build_engines(backbone, bank, classifiers, ds_config, factor)
+    engines = build_engines(
+        backbone, bank, classifiers, ds_config, factor, discriminator_steps=recipe.loss.discriminator_steps
+    )
     engines.exits.train()  # the blocks were copied from a model in evaluation mode
     accumulation, rows = gradient_accumulation_steps(ds_config), rows_per_step(ds_config, world.size)
     trained = {"exits": engines.exits, "discriminators": engines.discriminators}

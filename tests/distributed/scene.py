@@ -55,7 +55,7 @@ def sections(
     }
 
 
-def modules(*, copy_frozen: bool = False) -> tuple[Blip2Backbone, ExitBank, FeatureClassifiers]:
+def modules(*, copy_frozen: bool = False, shared: bool = False) -> tuple[Blip2Backbone, ExitBank, FeatureClassifiers]:
     """The same three modules in every process."""
     model = new_model(width=WIDTH, n_blocks=4, n_heads=2)
     with torch.no_grad():  # at its tiny initial scale the head is almost uniform and every loss looks alike
@@ -63,7 +63,7 @@ def modules(*, copy_frozen: bool = False) -> tuple[Blip2Backbone, ExitBank, Feat
     backbone = Blip2Backbone(model.eval().requires_grad_(False))
     bank = ExitBank(backbone, EXIT_LAYERS, init="same", copy_frozen=copy_frozen)
     torch.manual_seed(1)
-    return backbone, bank, FeatureClassifiers(len(EXIT_LAYERS), WIDTH, 16)
+    return backbone, bank, FeatureClassifiers(len(EXIT_LAYERS), WIDTH, 16, shared=shared)
 
 
 def batch(seed: int, *, rank: int = 0, world_size: int = 1) -> Batch:
@@ -88,10 +88,18 @@ def batch(seed: int, *, rank: int = 0, world_size: int = 1) -> Batch:
     )
 
 
-def engines(ds_config: dict[str, dict[str, Any]], *, adversarial: bool = True) -> Engines:
+def engines(
+    ds_config: dict[str, dict[str, Any]],
+    *,
+    adversarial: bool = True,
+    shared: bool = False,
+    discriminator_steps: int = 1,
+) -> Engines:
     """Engines around :func:`modules`."""
-    backbone, bank, classifiers = modules(copy_frozen=needs_frozen_copy(ds_config))
-    return build_engines(backbone, bank, classifiers if adversarial else None, ds_config, factor)
+    backbone, bank, classifiers = modules(copy_frozen=needs_frozen_copy(ds_config), shared=shared)
+    return build_engines(
+        backbone, bank, classifiers if adversarial else None, ds_config, factor, discriminator_steps=discriminator_steps
+    )
 
 
 def gathered(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -19,12 +19,12 @@ LOSS = LossConfig(adversarial_weight=0.3)
 
 
 def train(
-    size: int, stage: int, backbone_stage: int, accumulation: int, mode: str, steps: int
+    size: int, stage: int, backbone_stage: int, accumulation: int, mode: str, steps: int, **players: Any
 ) -> dict[str, torch.Tensor]:
     ds_config = scene.sections(stage=stage, backbone_stage=backbone_stage, accumulation=accumulation, world_size=size)
-    engines = scene.engines(ds_config)
+    engines = scene.engines(ds_config, **players)
     rank = torch.distributed.get_rank()
-    config = LossConfig(adversarial_weight=0.3, mode=mode)
+    config = LossConfig(adversarial_weight=0.3, mode=mode, discriminator_steps=players.get("discriminator_steps", 1))
     for micro in range(steps * accumulation):
         adversarial_step(engines, scene.batch(micro, rank=rank, world_size=size), config)
     return scene.gathered(engines.exits.module) | scene.gathered(engines.discriminators.module)
@@ -42,8 +42,31 @@ def train(
 )
 def test_three_engines_train_like_one_process_of_plain_pytorch(size, stage, backbone_stage, accumulation, mode):
     results = run_ranks(size, train, size, stage, backbone_stage, accumulation, mode, scene.STEPS)
-    wanted = reference_weights(steps=scene.STEPS, accumulation=accumulation, mode=mode)
-    initial = dict(scene.modules()[1].named_parameters()) | dict(scene.modules()[2].named_parameters())
+    compare(results, reference_weights(steps=scene.STEPS, accumulation=accumulation, mode=mode), scene.modules())
+
+
+def train_players(size: int, stage: int, players: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return train(size, stage, 0, 1, "supervised", scene.STEPS, **players)
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "players"),
+    [
+        (1, 1, {"shared": True}),
+        (2, 3, {"shared": True}),
+        (1, 1, {"discriminator_steps": 3}),
+        (2, 2, {"discriminator_steps": 2, "shared": True}),
+    ],
+)
+def test_one_discriminator_for_all_and_several_updates_of_them_train_like_plain_pytorch(size, stage, players):
+    results = run_ranks(size, train_players, size, stage, players)
+    wanted = reference_weights(steps=scene.STEPS, accumulation=1, mode="supervised", **players)
+    assert wanted["weight_in"].shape[0] == (1 if players.get("shared") else len(scene.EXIT_LAYERS))
+    compare(results, wanted, scene.modules(shared=players.get("shared", False)))
+
+
+def compare(results: list[dict[str, torch.Tensor]], wanted: dict[str, torch.Tensor], modules: tuple) -> None:
+    initial = dict(modules[1].named_parameters()) | dict(modules[2].named_parameters())
     for result in results:
         assert result.keys() == wanted.keys()
         for name, weight in wanted.items():

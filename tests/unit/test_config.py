@@ -173,6 +173,8 @@ def test_malformed_override_is_told_clearly(override: str, message: str) -> None
         (["exits.rank=0"], "exits.rank"),
         (["exits.bottleneck_size=0"], "exits.bottleneck_size"),
         (["exits.discriminator_hidden_size=0"], "exits.discriminator_hidden_size"),
+        (["exits.discriminator=one"], "exits.discriminator"),
+        (["loss.discriminator_steps=0"], "loss.discriminator_steps"),
         (["data.tasks.vqb=1"], "data.tasks='vqb'"),
         (["data.tasks.vqa=-1"], "data.tasks.vqa"),
         (["data.tasks.vqa=.nan"], "data.tasks.vqa"),
