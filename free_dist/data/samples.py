@@ -43,7 +43,7 @@ class Sample:
     turns: tuple[Turn, ...]
     references: tuple[str, ...] = field(default=())
     """Acceptable texts for the last answer; used by metrics only.  Empty where they are withheld."""
-    origin: Origin = Origin()
+    origin: Origin = field(default_factory=Origin)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def java_version(java: Path) -> str:
     told = _run([str(java), "-version"], "").stderr
     quoted = told.split('"')
     return quoted[1] if len(quoted) > 2 else told.strip().partition("\n")[0]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what caption metrics come from: ``pycocoevalcap`` and ``java``, as far as they are here."""
+    found = {}
+    if importlib.util.find_spec("pycocoevalcap") is not None:
+        found["pycocoevalcap"] = metadata.version("pycocoevalcap")
+    java = find_java()
+    if java is not None:
+        with suppress(Unavailable):
+            found["java"] = java_version(java)
+    return found
 
 
 def ptb_tokens(captions: Sequence[str]) -> list[str]:

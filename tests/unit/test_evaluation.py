@@ -212,9 +212,9 @@ def test_report_writes_results_tables_and_pictures_that_show_something(tmp_path:
     rows = [*ROWS, row("full", None, 0.9, 1.0, None, task="caption"), row("exits", 1.1, 0.9, 1.0, None, task="caption")]
     paths = write_report(rows, [probe], tmp_path / "run")
     raw = json.loads(paths.results.read_text())
-    assert isinstance(raw, list)
-    assert set(SCHEMA) <= raw[0].keys()
-    assert [one.to_json() for one in read_results(paths.results)] == raw
+    assert (raw["format"], raw["samples"]) == (1, {"vqa": 50, "caption": 50})
+    assert set(SCHEMA) <= raw["rows"][0].keys()
+    assert [one.to_json() for one in read_results(paths.results)] == raw["rows"]
     text = paths.report.read_text()
     for part in ("1.60x", "not a speed", "| CE + GAN | 0.800 |"):
         assert part in text
