@@ -106,12 +106,18 @@ class Meteor:
                 self._scorer = self._scorer or Scorer()
                 score, scores = self._scorer.compute_score(references, captions)
             except (OSError, ValueError) as error:
-                # The package's object keeps its lock when it fails, and would wait for it for ever when it is deleted.
-                if self._scorer is not None and self._scorer.lock.locked():
-                    self._scorer.lock.release()
-                self._scorer = None
+                self._give_up()
                 raise Unavailable(f"METEOR ended early ({error}); it takes 2 GB of memory") from error
         return float(score), [float(one) for one in scores]
+
+    def _give_up(self) -> None:
+        # The package's object keeps its lock when it fails, and would wait for it for ever when it is deleted.
+        if self._scorer is not None:
+            if self._scorer.lock.locked():
+                self._scorer.lock.release()
+            with suppress(OSError):
+                self._scorer.meteor_p.stdin.close()
+        self._scorer = None
 
 
 def spice(references: TokenTable, captions: TokenTable) -> tuple[float, list[float]]:

@@ -47,6 +47,10 @@ def test_a_missing_caption_package_is_the_users_to_install(monkeypatch, score, m
     assert isinstance(error.value, UserError) and isinstance(error.value, ModuleNotFoundError)
 
 
+def test_official_mode_makes_one_line_of_a_unanimous_answer() -> None:
+    assert vqa_accuracy("hot\tdog\n", ["hot dog"] * 10) == 1.0
+
+
 def test_single_answer_is_exact_match() -> None:
     assert vqa_accuracy("yes", ["yes"]) == 1.0
     assert vqa_accuracy("yes sir", ["yes"]) == 0.0
@@ -72,6 +76,13 @@ def test_vqa_accuracy_rejects_other_modes_and_missing_answers() -> None:
         ("yes, it is!", "yes it is"),
         (" a  red\ncar ", "red car"),
         ("its", "its"),
+        ("twas", "'twas"),
+        ("they couldnt've", "they couldn't've"),
+        ("they couldn'tve", "they couldn't've"),
+        ("they couldntve", "they couldntve"),
+        ("somebody'd", "somebodyd"),
+        ("id", "id"),
+        ("U.S.", "us"),
     ],
 )
 def test_answers_are_normalised_by_the_rules_of_vqa(text: str, normalised: str) -> None:
