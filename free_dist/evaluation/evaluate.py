@@ -244,6 +244,8 @@ def _row(
         **score.extras,
     }
     parts = {}
+    if score.per_sample:
+        _, extras["quality_interval"] = ratio_with_interval(score.per_sample, [1.0] * len(score.per_sample))
     if samples and score.per_sample:
         origins = [samples[result.index].origin for result in seen]
         parts = scorer.breakdown(_texts(seen, i), [result.references for result in seen], origins)

@@ -131,7 +131,7 @@ def spice(references: TokenTable, captions: TokenTable) -> tuple[float, list[flo
     if missing:
         raise Unavailable(
             f"SPICE needs {missing[0].name} in {_package() / missing[0].parent}: "
-            "python -m pycocoevalcap.spice.get_stanford_models downloads it (run it in the package's spice folder)"
+            "python -m pycocoevalcap.spice.get_stanford_models downloads it"
         )
     from pycocoevalcap.spice.spice import Spice
 
@@ -159,13 +159,17 @@ def _package() -> Path:
 
 @contextmanager
 def _java_on_path() -> Iterator[None]:
-    """The package calls ``java`` by name: let it find ours."""
-    before = os.environ.get("PATH", "")
-    os.environ["PATH"] = os.pathsep.join((before, str(_java().parent)))
+    """The package calls ``java`` by name: let it find ours, and let it read UTF-8 in any locale."""
+    path, options = os.environ.get("PATH", ""), os.environ.get("JAVA_TOOL_OPTIONS")
+    os.environ["PATH"] = os.pathsep.join((path, str(_java().parent)))
+    os.environ["JAVA_TOOL_OPTIONS"] = " ".join(filter(None, (options, "-Dfile.encoding=UTF-8")))
     try:
         yield
     finally:
-        os.environ["PATH"] = before
+        os.environ["PATH"] = path
+        del os.environ["JAVA_TOOL_OPTIONS"]
+        if options is not None:
+            os.environ["JAVA_TOOL_OPTIONS"] = options
 
 
 def _run(command: list[str], text: str) -> subprocess.CompletedProcess[str]:

@@ -164,7 +164,9 @@ class Results:
     def from_json(cls, raw: Any) -> Results:
         """Inverse of :meth:`to_json`; raises ValueError, KeyError or TypeError for anything else."""
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ValueError(f"want an object of format {FORMAT}, as launch/evaluate.py writes it now: evaluate again")
+            raise ValueError(
+                f"want an object of format {FORMAT}, as launch/evaluate.py writes it now: remove it and evaluate again"
+            )
         ranking = []
         for row in raw["ranking"]:
             pairs = {name: row[name] and tuple(row[name]) for name in ("mrr_interval", "ndcg_interval")}
