@@ -26,6 +26,15 @@ EXIT_VARIANTS = ("full", "lora", "bottleneck")
 EXIT_HEADS = ("full", "pruned", "low_rank")
 """Ways of reading an exit feature (``free_dist.exits.gate``)."""
 
+CAPTION_METRICS = ("BLEU", "METEOR", "ROUGE-L", "CIDEr-D", "SPICE")
+"""Names of the caption metrics (``free_dist.evaluation.metrics_captions``)."""
+
+CAPTION_TOKENIZERS = ("auto", "ptb", "ptb-like")
+"""Ways of splitting captions into tokens (``free_dist.evaluation.metrics_captions``)."""
+
+WITHHELD = "withheld"
+"""The split whose answers are not published."""
+
 ALARM_ACTIONS = ("off", "warn", "stop")
 """What becomes of an alarm (``free_dist.training.alarms``)."""
 
@@ -264,7 +273,7 @@ class EvaluationConfig:
     """What is measured after training, and on how much."""
 
     split: str = "test"
-    """Split to evaluate: ``calibration`` or ``test``."""
+    """Split to evaluate: ``calibration``, ``test``, or ``withheld``, which has no answers: it is decoded for a submission."""
     tasks: list[str] = field(default_factory=lambda: ["vqa", "caption", "dialogue"])
     """Tasks to evaluate."""
     max_samples: int = 400
@@ -273,6 +282,12 @@ class EvaluationConfig:
     """Confidence thresholds of the sweep."""
     timing_samples: int = 60
     """About how many samples per task Hugging Face's own decoder answers too; 0 for none. Ours are timed on all samples."""
+    caption_metrics: list[str] = field(default_factory=lambda: ["BLEU", "ROUGE-L", "CIDEr-D"])
+    """Caption metrics besides CIDEr-D, which is always there. METEOR and SPICE need Java; what cannot run is named, not run."""
+    caption_tokenizer: str = "auto"
+    """``ptb``: the Penn Treebank tokenizer of the COCO caption code (Java); ``ptb-like``: ours; ``auto``: ptb where Java is."""
+    rank_candidates: bool = True
+    """Rank the candidate answers of dialogues that have them (VisDial) by their likelihood through the exits."""
 
 
 @dataclass(kw_only=True)

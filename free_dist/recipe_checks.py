@@ -12,11 +12,14 @@ from itertools import pairwise
 from free_dist.config import (
     ALARM_ACTIONS,
     ATTENTIONS,
+    CAPTION_METRICS,
+    CAPTION_TOKENIZERS,
     EMBEDDED_BACKBONE,
     EXIT_VARIANTS,
     FINETUNE_PARTS,
     TASKS,
     UNTRAINED_BACKBONE,
+    WITHHELD,
     AlarmsConfig,
     BackboneConfig,
     ConfigError,
@@ -238,7 +241,10 @@ def _check_decoding_and_evaluation(decoding: DecodingConfig, evaluation: Evaluat
     _at_least(1, "decoding.max_new_tokens", decoding.max_new_tokens)
     _at_least(0, "evaluation.timing_samples", evaluation.timing_samples)
     _at_least(0, "evaluation.max_samples", evaluation.max_samples)
-    _one_of("evaluation.split", evaluation.split, ("calibration", "test"))
+    _one_of("evaluation.split", evaluation.split, ("calibration", "test", WITHHELD))
+    for metric in evaluation.caption_metrics:
+        _one_of("evaluation.caption_metrics", metric, CAPTION_METRICS)
+    _one_of("evaluation.caption_tokenizer", evaluation.caption_tokenizer, CAPTION_TOKENIZERS)
     for task in evaluation.tasks:
         _one_of("evaluation.tasks", task, TASKS)
     for threshold in evaluation.thresholds:

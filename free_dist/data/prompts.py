@@ -48,16 +48,17 @@ def question_turn(question: Question, answer: str, config: DataConfig) -> Turn:
     return Turn(prompt=_question_prompt(question.question, config), answer=answer)
 
 
-def dialogue_turns(record: Record, config: DataConfig) -> list[tuple[int, Turn]]:
+def dialogue_turns(record: Record, config: DataConfig, *, withheld: bool = False) -> list[tuple[int, Turn]]:
     """Every answered turn of a recorded dialogue, with its number and what was said before: the caption, then earlier turns.
 
-    ``max_turns`` bounds the turns of a history and its question together.
+    ``max_turns`` bounds the turns of a history and its question together.  ``withheld``: instead of these, the turns whose
+    answers are not published, with an empty answer.
     """
     opening = tuple(_cleaned_caption(caption, config) for caption in record.captions[:1])
     said: list[str] = []
     turns = []
     for i, turn in enumerate(record.dialogue):
-        if turn.answer is None:
+        if turn.answer is None and not withheld:
             continue
         history = History(
             parts=opening + tuple(said[max(0, len(said) - config.max_turns + 1) :]),
@@ -65,7 +66,11 @@ def dialogue_turns(record: Record, config: DataConfig) -> list[tuple[int, Turn]]
             opens_with_caption=bool(opening),
             max_tokens=config.max_history_tokens,
         )
-        turns.append((i, Turn(prompt=_question_prompt(turn.question, config), answer=turn.answer, history=history)))
+        if (turn.answer is None) == withheld:
+            prompt = _question_prompt(turn.question, config)
+            turns.append((i, Turn(prompt=prompt, answer=turn.answer or "", history=history)))
+        if turn.answer is None:
+            continue
         question = _cleaned_question(turn.question, config)
         said.append(config.history_turn.format(question=question, answer=turn.answer))
     return turns

@@ -25,6 +25,7 @@ from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 from free_dist.backbones import Instruction, TokenLayout
 from free_dist.config import TASKS, DataConfig, UserError
 from free_dist.data.images import decode_image
+from free_dist.data.origin import Origin, question_origin, turn_origin
 from free_dist.data.prompts import Turn, caption_turn, dialogue_turns, drawn_answer, drawn_caption, question_turn
 from free_dist.data.records import Record
 
@@ -41,7 +42,8 @@ class Sample:
     image: bytes
     turns: tuple[Turn, ...]
     references: tuple[str, ...] = field(default=())
-    """Acceptable texts for the last answer; used by metrics only."""
+    """Acceptable texts for the last answer; used by metrics only.  Empty where they are withheld."""
+    origin: Origin = field(default_factory=Origin)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,42 +128,75 @@ def training_samples(record: Record, task: str, config: DataConfig, rng: random.
     raise UserError(f"data.tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
-def evaluation_samples(record: Record, task: str, config: DataConfig) -> list[Sample]:
-    """The samples that one record gives to an evaluation of ``task``: every question, in the published order."""
+def evaluation_samples(record: Record, task: str, config: DataConfig, *, withheld: bool = False) -> list[Sample]:
+    """The samples that one record gives to an evaluation of ``task``: every question, in the published order.
+
+    ``withheld``: instead of these, what is published without an answer; the last answer of such a sample is empty, and it has
+    no references.
+    """
     if task == "vqa":
+        wanted = [bool(question.given) if not withheld else not question.answers for question in record.questions]
         return [
             Sample(
                 key=f"{record.key}-q{i}",
+                turns=(question_turn(question, "" if withheld else question.answer, config),),
+                references=question.answers,
+                origin=question_origin(record, question),
                 task=task,
                 image=record.image,
-                turns=(question_turn(question, question.answer, config),),
-                references=question.answers,
             )
             for i, question in enumerate(record.questions)
-            if question.given
+            if wanted[i]
         ]
     if task == "caption":
-        if not record.captions:
+        if bool(record.captions) == withheld:
             return []
-        turn = caption_turn(record.captions[0], config)
-        return [Sample(key=record.key, task=task, image=record.image, turns=(turn,), references=record.captions)]
-    if task == "dialogue" and record.dialogue:
-        return _dialogue_samples(record, config)
+        turn = caption_turn("" if withheld else record.captions[0], config)
+        return [
+            Sample(
+                key=record.key,
+                task=task,
+                image=record.image,
+                turns=(turn,),
+                references=record.captions,
+                origin=Origin(image_id=record.image_id, domain=record.domain),
+            )
+        ]
+    if task == "dialogue" and (record.dialogue or withheld):
+        return _dialogue_samples(record, config, withheld=withheld)
     if task == "dialogue":
         questions = [question for question in record.questions if question.given][: config.max_turns]
         if not questions:
             return []
         turns = tuple(question_turn(question, question.answer, config) for question in questions)
-        return [Sample(key=record.key, task=task, image=record.image, turns=turns, references=questions[-1].answers)]
+        return [
+            Sample(
+                key=record.key,
+                turns=turns,
+                references=questions[-1].answers,
+                origin=question_origin(record, questions[-1]),
+                task=task,
+                image=record.image,
+            )
+        ]
     raise UserError(f"evaluation.tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
 
 
-def _dialogue_samples(record: Record, config: DataConfig) -> list[Sample]:
+def _dialogue_samples(record: Record, config: DataConfig, *, withheld: bool = False) -> list[Sample]:
     """One sample per answered turn of a recorded dialogue: what was said before it is text, not a target."""
-    return [
-        Sample(key=f"{record.key}-t{i}", task="dialogue", image=record.image, turns=(turn,), references=(turn.answer,))
-        for i, turn in dialogue_turns(record, config)
-    ]
+    samples = []
+    for i, turn in dialogue_turns(record, config, withheld=withheld):
+        samples.append(
+            Sample(
+                key=f"{record.key}-t{i}",
+                task="dialogue",
+                image=record.image,
+                turns=(turn,),
+                references=() if withheld else (turn.answer,),
+                origin=turn_origin(record, i),
+            )
+        )
+    return samples
 
 
 class SampleEncoder:
@@ -221,6 +256,12 @@ class SampleEncoder:
         ids += self.layout.prompt_end
         self._check_length(len(ids))
         return ids
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Ids of an answer after a prompt, the token that ends it among them."""
+        # A decoder that starts anew begins a text; everywhere else the answer goes on with one.
+        joint = self._joint if self.layout.decoder_start_token_id is None else ""
+        return [*self._encoded(joint + text), self.layout.eos_token_id]
 
     def encode_instructions(self, rows: Sequence[Sequence[Turn]]) -> Instruction | None:
         """What the Q-Former reads of B rows of turns: all text before the last answer; None if it reads none.
@@ -316,9 +357,7 @@ class SampleEncoder:
         return self._encoded(text if first else self._joint + text)
 
     def _answer(self, turn: Turn) -> list[int]:
-        # A decoder that starts anew begins a text; everywhere else the answer goes on with one.
-        joint = self._joint if self.layout.decoder_start_token_id is None else ""
-        return [*self._encoded(joint + turn.answer), self.layout.eos_token_id]
+        return self.encode_answer(turn.answer)
 
     def _encoded(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)

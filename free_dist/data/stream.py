@@ -316,6 +316,20 @@ def split_samples(
     return samples[rank::world_size]
 
 
+def withheld_samples(config: DataConfig, split: str, task: str, *, max_samples: int = 0) -> list[Sample]:
+    """What is published without answers in a split; ``max_samples`` (0: all) picks as :func:`split_samples` does.
+
+    The whole split is read: an index counts what has answers.  Raises what SplitIndex.open raises.
+    """
+    found = [
+        sample
+        for record in records(config, split)
+        for sample in evaluation_samples(record, task, config, withheld=True)
+    ]
+    picked = min(max_samples, len(found)) or len(found)
+    return [found[place * len(found) // picked] for place in range(picked)]
+
+
 def corpus(config: DataConfig) -> Iterator[str]:
     """Every prompt and answer of the training split as it stands in a row, for training a tokenizer."""
     for record in records(config, "train"):

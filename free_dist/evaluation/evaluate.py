@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from free_dist.backbones import Backbone, Blip2Backbone
-from free_dist.config import ConfigError, Recipe
+from free_dist.config import WITHHELD, ConfigError, Recipe
 from free_dist.data.samples import Sample, SampleEncoder
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import split_samples, withheld_samples
 from free_dist.evaluation.benchmark import (
     Answer,
     Arm,
@@ -33,7 +33,7 @@ from free_dist.evaluation.benchmark import (
     run_interleaved,
 )
 from free_dist.evaluation.rows import Row
-from free_dist.evaluation.tasks import Score, find_task
+from free_dist.evaluation.tasks import Score, TaskScorer
 from free_dist.exits import ExitBank
 
 T = TypeVar("T")
@@ -59,6 +59,19 @@ class SampleResult:
     """None where an arm's stride leaves the sample out."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluation:
+    """Everything that was answered for one task."""
+
+    task: str
+    arms: tuple[Arm, ...]
+    samples: tuple[Sample, ...]
+    results: tuple[SampleResult, ...]
+    """In the order of ``samples``."""
+    rows: tuple[Row, ...]
+    """One per arm."""
+
+
 def evaluate_exits(
     backbone: Backbone,
     encoder: SampleEncoder,
@@ -67,35 +80,49 @@ def evaluate_exits(
     *,
     rank: int = 0,
     world_size: int = 1,
-    gather: Gather[SampleResult] = alone,
+    gather: Gather[Any] = alone,
     quiet: bool = False,
 ) -> list[Row]:
-    """Rows of every task of ``recipe.evaluation``: ``full``, ``hf``, and one per bank and threshold.
+    """The rows of :func:`evaluate_tasks`."""
+    found = evaluate_tasks(
+        backbone, encoder, banks, recipe, rank=rank, world_size=world_size, gather=gather, quiet=quiet
+    )
+    return [row for task in found for row in task.rows]
+
+
+def evaluate_tasks(
+    backbone: Backbone,
+    encoder: SampleEncoder,
+    banks: Mapping[str, ExitBank],
+    recipe: Recipe,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather[Any] = alone,
+    quiet: bool = False,
+) -> list[TaskEvaluation]:
+    """Every task of ``recipe.evaluation``, with the rows ``full``, ``hf``, and one per bank and threshold.
 
     ``banks``: method name -> exits, such as ``{"exits": bank}``; all share the interleaved run.  Hugging Face's own
     decoder, a slow reference, answers about ``evaluation.timing_samples`` of the samples, evenly spaced (0: none).
-    Every rank returns the same rows.  Raises ConfigError for unknown tasks and tasks without samples, and ValueError
-    for a bank named like a baseline.
+    Every rank returns the same; rank 0 scores, so that Java programs run once.  Raises ConfigError for unknown tasks and
+    tasks without samples, ValueError for a bank named like a baseline, and what TaskScorer raises.
     """
     for method in banks:
         if method in ("full", "hf"):
             raise ValueError(f"banks: {method!r} is the name of a baseline; call exits something else, such as 'exits'")
-    settings = recipe.evaluation
-    tasks = [find_task(name) for name in settings.tasks]
-    for task in tasks:
-        task.score(["a"], [["a"]])  # a missing metrics package is told now, not after minutes of decoding
-    rows: list[Row] = []
-    for task in tasks:
-        samples = split_samples(recipe.data, settings.split, task.name, max_samples=settings.max_samples)
+    scorers = [TaskScorer(name, recipe.evaluation) for name in recipe.evaluation.tasks]
+    evaluations: list[TaskEvaluation] = []
+    for scorer in scorers:
+        task = scorer.task.name
+        samples = task_samples(recipe, task)
         if not samples:
             raise ConfigError(
-                f"evaluation.tasks: {recipe.data.root}/{settings.split} has nothing for task {task.name!r}"
+                f"evaluation.tasks: {recipe.data.root}/{recipe.evaluation.split} has nothing for task {task!r}"
             )
         arms = standard_arms(backbone, banks, recipe, n_samples=len(samples))
         mine = samples[rank::world_size]
-        bar = tqdm(
-            total=len(mine), desc=f"evaluate {task.name}", unit="sample", disable=quiet or rank != 0, mininterval=1.0
-        )
+        bar = tqdm(total=len(mine), desc=f"evaluate {task}", unit="sample", disable=quiet or rank != 0, mininterval=1.0)
         with bar:
             found = []
             for result in answer_samples(backbone, encoder, arms, mine, rank=rank, world_size=world_size):
@@ -103,8 +130,23 @@ def evaluate_exits(
                 bar.update()
         merged = sorted((result for part in gather(found) for result in part), key=lambda result: result.index)
         assert [result.index for result in merged] == list(range(len(samples))), "a sample was dropped or counted twice"
-        rows += task_rows(task.name, arms, merged, n_blocks=backbone.n_blocks, world_size=world_size)
-    return rows
+        own: list[Row] = []
+        if rank == 0:
+            own = task_rows(
+                task, arms, merged, n_blocks=backbone.n_blocks, world_size=world_size, samples=samples, scorer=scorer
+            )
+        rows = gather(own)[0]
+        evaluations.append(
+            TaskEvaluation(task=task, arms=tuple(arms), samples=tuple(samples), results=tuple(merged), rows=tuple(rows))
+        )
+    return evaluations
+
+
+def task_samples(recipe: Recipe, task: str) -> list[Sample]:
+    """The samples of one task that a recipe evaluates; of the withheld split, those without answers."""
+    settings = recipe.evaluation
+    read = withheld_samples if settings.split == WITHHELD else split_samples
+    return read(recipe.data, settings.split, task, max_samples=settings.max_samples)
 
 
 def standard_arms(backbone: Backbone, banks: Mapping[str, ExitBank], recipe: Recipe, *, n_samples: int) -> list[Arm]:
@@ -155,25 +197,43 @@ def answer_samples(
 
 
 def task_rows(
-    task_name: str, arms: Sequence[Arm], results: Sequence[SampleResult], *, n_blocks: int, world_size: int = 1
+    task_name: str,
+    arms: Sequence[Arm],
+    results: Sequence[SampleResult],
+    *,
+    n_blocks: int,
+    world_size: int = 1,
+    samples: Sequence[Sample] = (),
+    scorer: TaskScorer | None = None,
 ) -> list[Row]:
-    """One row per arm from the merged results of a task; ``arms[0]`` is the full-depth decoder, the teacher."""
+    """One row per arm from the merged results of a task; ``arms[0]`` is the full-depth decoder, the teacher.
+
+    ``samples``: all that ``results`` number; with them, qualities are broken down by what the data set says of a sample.
+    """
     assert (arms[0].method, arms[0].stride) == ("full", 1)
+    scorer = scorer or TaskScorer(task_name)
     hf = next((i for i, arm in enumerate(arms) if arm.method == "hf"), None)
-    return [_row(task_name, arm, i, hf, results, n_blocks, world_size) for i, arm in enumerate(arms)]
+    return [_row(scorer, arm, i, hf, results, n_blocks, world_size, samples) for i, arm in enumerate(arms)]
 
 
 def _row(
-    task_name: str, arm: Arm, i: int, hf: int | None, results: Sequence[SampleResult], n_blocks: int, world_size: int
+    scorer: TaskScorer,
+    arm: Arm,
+    i: int,
+    hf: int | None,
+    results: Sequence[SampleResult],
+    n_blocks: int,
+    world_size: int,
+    samples: Sequence[Sample],
 ) -> Row:
     seen = [result for result in results if result.answers[i] is not None]
     own, full = _answers(seen, i), _answers(seen, 0)
-    score, score_full = _score(task_name, seen, i), _score(task_name, seen, 0)
+    score, score_full = _score(scorer, seen, i), _score(scorer, seen, 0)
     n_tokens = sum(len(answer.tokens) for answer in own)
     mean_blocks = sum(answer.blocks for answer in own) / n_tokens
     wall, wall_interval = ratio_with_interval([a.seconds for a in full], [a.seconds for a in own])
     extras: dict[str, object] = {
-        "quality_name": find_task(task_name).quality_name,
+        "quality_name": scorer.task.quality_name,
         "token_agreement": _token_agreement(own, full),
         "wall_ratio_interval": wall_interval,
         "seconds_per_sample": sum(answer.seconds for answer in own) / len(own),
@@ -183,6 +243,14 @@ def _row(
         "world_size": world_size,
         **score.extras,
     }
+    parts = {}
+    if score.per_sample:
+        _, extras["quality_interval"] = ratio_with_interval(score.per_sample, [1.0] * len(score.per_sample))
+    if samples and score.per_sample:
+        origins = [samples[result.index].origin for result in seen]
+        parts = scorer.breakdown(_texts(seen, i), [result.references for result in seen], origins)
+    if parts:
+        extras["breakdown"] = parts
     if score_full.quality > 0:
         _, extras["quality_ratio_interval"] = ratio_with_interval(score.per_sample, score_full.per_sample)
     wall_hf = None
@@ -193,7 +261,7 @@ def _row(
         )
         extras["n_hf"] = len(shared)
     return Row(
-        task=task_name,
+        task=scorer.task.name,
         method=arm.method,
         threshold=arm.threshold,
         quality=score.quality,
@@ -213,11 +281,13 @@ def _answers(results: Sequence[SampleResult], i: int) -> list[Answer]:
     return [answer for answer in answers if answer is not None]
 
 
-def _score(task_name: str, results: Sequence[SampleResult], i: int) -> Score:
+def _score(scorer: TaskScorer, results: Sequence[SampleResult], i: int) -> Score:
+    return scorer.score(_texts(results, i), [result.references for result in results])
+
+
+def _texts(results: Sequence[SampleResult], i: int) -> list[str]:
     texts = [result.texts[i] for result in results]
-    return find_task(task_name).score(
-        [text for text in texts if text is not None], [result.references for result in results]
-    )
+    return [text for text in texts if text is not None]
 
 
 def _token_agreement(own: Sequence[Answer], full: Sequence[Answer]) -> float:

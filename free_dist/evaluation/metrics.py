@@ -1,14 +1,17 @@
-"""Text metrics: VQA soft accuracy (own code, both normalisation modes), CIDEr-D and BLEU (pycocoevalcap's scorers).
+"""Text metrics: VQA soft accuracy (own code, both normalisation modes); CIDEr-D, BLEU, ROUGE-L (pycocoevalcap's scorers).
 
-Works on strings alone: knows no model, task or data set.  Captions are tokenised by :func:`ptb_like_tokens`, a
-pure-Python stand-in for the Java PTB tokenizer of the COCO caption code; scores are therefore labelled ``ptb-like`` and
-agree with the Java ones on plain English captions only.
+Works on strings alone: knows no model, task, data set or Java.  Captions are tokenised by whatever function is given; the
+default is :func:`ptb_like_tokens`, a pure-Python stand-in for the Java PTB tokenizer of the COCO caption code, which agrees
+with it on plain English captions only.  So a tokenisation's name belongs beside every caption score.
+
+The package's ``Cider`` computes CIDEr-D (clipped counts, a Gaussian penalty on lengths, times ten), which the COCO caption
+code and most papers print as "CIDEr".  It is called CIDEr-D here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from free_dist.config import UserError
 
@@ -22,15 +25,19 @@ _NUMBER_WORDS = {
     )
 } | {"none": "0"}
 _ARTICLES = frozenset({"a", "an", "the"})
-# Only forms that lose their apostrophe without becoming another word: "its", "were" or "well" are not among them.
+# The forms of the published table; one that lacks exactly one of its apostrophes is given it back.
 _CONTRACTED = """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how's i'm i've isn't
-    it'd it'll ma'am might've mightn't must've mustn't needn't oughtn't shan't she's should've shouldn't somebody's
-    someone's something's that'll that's there'd there's they'd they'll they're they've wasn't we've weren't what'll
-    what's when's where'd where's who'd who'll who's who've why's won't would've wouldn't y'all you'd you'll you're
-    you've
+    'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
+    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't needn't not've
+    o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll somebody's someone'd
+    someone'd've someone'll someone's something'd something'd've something'll that's there'd there'd've there're there's they'd
+    they'd've they'll they're they've wasn't we'd've we've weren't what'll what're what's what've when's where'd where's where've
+    who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd
+    you'd've you'll you're you've
 """
-_CONTRACTIONS = {form.replace("'", ""): form for form in _CONTRACTED.split()}
+_CONTRACTIONS = {
+    form[:i] + form[i + 1 :]: form for form in _CONTRACTED.split() for i, letter in enumerate(form) if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the table's one entry that takes an apostrophe away
 _PUNCTUATION = tuple(';/[]"{}()=+\\_-<>@`,?!')
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _PERIOD_NOT_DECIMAL = re.compile(r"\.(?!\d)")
@@ -51,7 +58,7 @@ def normalise_answer(text: str) -> str:
     A punctuation mark beside a space (or anywhere in a text with a thousands separator) vanishes, any other becomes a
     space; periods vanish unless a digit follows.  Written after the rules published with VQA v2.
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    text = _one_line(text)
     # Judged on the text as it came, so that removing one mark does not change the fate of the next.
     original = text
     has_number_comma = _COMMA_IN_NUMBER.search(original) is not None
@@ -75,7 +82,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], *, normalise: str = "o
         raise ValueError(f"normalise={normalise!r}: want official or always")
     if not answers:
         raise ValueError("VQA accuracy needs at least one answer")
-    prediction, wanted = prediction.strip(), [answer.strip() for answer in answers]
+    prediction, *wanted = (_one_line(text) for text in (prediction, *answers))
     if normalise == "always" or len(set(wanted)) > 1:
         prediction, wanted = normalise_answer(prediction), [normalise_answer(answer) for answer in wanted]
     if len(wanted) == 1:
@@ -91,7 +98,18 @@ def ptb_like_tokens(caption: str) -> str:
     return " ".join(token for token in tokens if token not in _PTB_DROPPED)
 
 
-def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+Tokenize = Callable[[Sequence[str]], list[str]]
+"""Captions -> their tokens, space-joined, in the same order."""
+
+
+def ptb_like(captions: Sequence[str]) -> list[str]:
+    """:func:`ptb_like_tokens` of each caption."""
+    return [ptb_like_tokens(caption) for caption in captions]
+
+
+def cider_d(
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize = ptb_like
+) -> list[float]:
     """CIDEr-D of each caption (Vedantam et al. 2015); the corpus score is their mean, 1.0 being "100".
 
     Document frequencies come from ``references``, so a score holds for one set of images only; a single image scores 0.
@@ -102,11 +120,11 @@ def cider_d(captions: Sequence[str], references: Sequence[Sequence[str]]) -> lis
         from pycocoevalcap.cider.cider import Cider
     except ModuleNotFoundError as error:
         raise _missing_package() from error
-    _, scores = Cider().compute_score(*_tokenised(captions, references))
+    _, scores = Cider().compute_score(*tokenized(captions, references, tokenize))
     return [float(score) for score in scores]
 
 
-def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+def bleu(captions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize = ptb_like) -> list[float]:
     """Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002, closest reference length), each in 0..1.
 
     Raises MissingPackageError naming the extra when pycocoevalcap is missing.
@@ -116,15 +134,37 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> list[f
         from pycocoevalcap.bleu.bleu import Bleu
     except ModuleNotFoundError as error:
         raise _missing_package() from error
-    scores, _ = Bleu(4).compute_score(*_tokenised(captions, references), verbose=0)
+    scores, _ = Bleu(4).compute_score(*tokenized(captions, references, tokenize), verbose=0)
     return [float(score) for score in scores]
 
 
-def _tokenised(
-    captions: Sequence[str], references: Sequence[Sequence[str]]
+def rouge_l(
+    captions: Sequence[str], references: Sequence[Sequence[str]], *, tokenize: Tokenize = ptb_like
+) -> list[float]:
+    """ROUGE-L of each caption (Lin 2004; F-measure with beta 1.2, best precision and best recall over references), in 0..1.
+
+    Raises MissingPackageError naming the extra when pycocoevalcap is missing.
+    """
+    _check_pairs(captions, references)
+    try:
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ModuleNotFoundError as error:
+        raise _missing_package() from error
+    _, scores = Rouge().compute_score(*tokenized(captions, references, tokenize))
+    return [float(score) for score in scores]
+
+
+def tokenized(
+    captions: Sequence[str], references: Sequence[Sequence[str]], tokenize: Tokenize
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    wanted = {i: [ptb_like_tokens(text) for text in texts] for i, texts in enumerate(references)}
-    return wanted, {i: [ptb_like_tokens(caption)] for i, caption in enumerate(captions)}
+    """(references, captions), both by number, as the package's scorers take them."""
+    tokens = iter(tokenize([*captions, *(text for texts in references for text in texts)]))
+    answered = {i: [next(tokens)] for i in range(len(captions))}
+    return {i: [next(tokens) for _ in texts] for i, texts in enumerate(references)}, answered
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _check_pairs(captions: Sequence[str], references: Sequence[Sequence[str]]) -> None:

@@ -154,7 +154,4 @@ def _dtype(exits: Path) -> torch.dtype:
 
 
 def _rows(results: Path) -> list[dict[str, Any]]:
-    try:
-        return [row.to_json() for row in read_results(results)]
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{results} is not a results.json of launch/evaluate.py ({error})") from error
+    return [row.to_json() for row in read_results(results)]

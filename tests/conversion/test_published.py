@@ -15,20 +15,6 @@ from free_dist.data.records import Record
 from free_dist.data.stream import records
 
 
-@pytest.fixture
-def annotations(tmp_path: Path) -> Path:
-    folder = tmp_path / "annotations"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
-    folder.mkdir()
-    return folder
-
-
 def converted(dataset: str, annotations: Path, images: Path, root: Path, **how) -> dict[str, list[Record]]:
     """Split -> its records, read back from the shards."""
     return {

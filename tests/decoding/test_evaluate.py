@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from free_dist.config import DataConfig, DecodingConfig, EvaluationConfig, Recip
 from free_dist.data.samples import IGNORE, SampleEncoder
 from free_dist.data.stream import split_samples
 from free_dist.evaluation.benchmark import Answer, Arm, Decoded, Prompted, full_arm, hf_arm, run_interleaved
-from free_dist.evaluation.evaluate import SampleResult, answer_samples, evaluate_exits, standard_arms, task_rows
+from free_dist.evaluation.evaluate import SampleResult, evaluate_exits, standard_arms, task_rows
 from free_dist.evaluation.probe import LENS, Probe, probe_batch, probe_exits
 from free_dist.evaluation.report import write_report
 from free_dist.evaluation.rows import SCHEMA, Row, read_results
@@ -119,28 +118,6 @@ def test_a_backbone_alone_is_measured_and_reported(
     paths = write_report(alone, probes, str(tmp_path))
     assert [row.method for row in read_results(paths.results)] == ["full", "hf"] * 3
     assert all(path.stat().st_size for path in paths.plots.values())
-
-
-def test_two_ranks_find_what_one_finds(
-    lively_backbone: Blip2Backbone, tiny_encoder: SampleEncoder, bank: ExitBank, recipe: Recipe, rows: list[Row]
-) -> None:
-    samples = split_samples(recipe.data, "test", "caption", max_samples=7)
-    arms = standard_arms(lively_backbone, {"exits": bank}, recipe, n_samples=len(samples))
-    other = list(answer_samples(lively_backbone, tiny_encoder, arms, samples[0::2], rank=0, world_size=2))
-    assert [result.index for result in other] == [0, 2, 4, 6]
-    captions = replace(recipe, evaluation=replace(recipe.evaluation, tasks=["caption"]))
-    both = evaluate_exits(
-        lively_backbone,
-        tiny_encoder,
-        {"exits": bank},
-        captions,
-        rank=1,
-        world_size=2,
-        gather=lambda own: [other, own],
-        quiet=True,
-    )
-    alone = [row for row in rows if row.task == "caption"]
-    assert [without_times(row) for row in both] == [without_times(row) for row in alone]
 
 
 def test_a_sample_counted_twice_is_noticed(

@@ -68,7 +68,7 @@ def finished(tmp_path_factory, tiny_backbone, tiny_encoder, tiny_root: Path) -> 
 
 
 def test_it_leaves_rows_of_every_method_with_the_promised_columns(finished) -> None:
-    rows = json.loads((finished[0] / "results.json").read_text())
+    rows = json.loads((finished[0] / "results.json").read_text())["rows"]
     assert {row["method"] for row in rows} == {"full", "hf", "exits", "exits_ce"}
     assert {row["task"] for row in rows} == {"vqa", "caption"}
     assert all(list(row)[: len(COLUMNS)] == COLUMNS for row in rows)

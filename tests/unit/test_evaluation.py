@@ -47,6 +47,10 @@ def test_a_missing_caption_package_is_the_users_to_install(monkeypatch, score, m
     assert isinstance(error.value, UserError) and isinstance(error.value, ModuleNotFoundError)
 
 
+def test_official_mode_makes_one_line_of_a_unanimous_answer() -> None:
+    assert vqa_accuracy("hot\tdog\n", ["hot dog"] * 10) == 1.0
+
+
 def test_single_answer_is_exact_match() -> None:
     assert vqa_accuracy("yes", ["yes"]) == 1.0
     assert vqa_accuracy("yes sir", ["yes"]) == 0.0
@@ -72,6 +76,13 @@ def test_vqa_accuracy_rejects_other_modes_and_missing_answers() -> None:
         ("yes, it is!", "yes it is"),
         (" a  red\ncar ", "red car"),
         ("its", "its"),
+        ("twas", "'twas"),
+        ("they couldnt've", "they couldn't've"),
+        ("they couldn'tve", "they couldn't've"),
+        ("they couldntve", "they couldntve"),
+        ("somebody'd", "somebodyd"),
+        ("id", "id"),
+        ("U.S.", "us"),
     ],
 )
 def test_answers_are_normalised_by_the_rules_of_vqa(text: str, normalised: str) -> None:
@@ -212,9 +223,9 @@ def test_report_writes_results_tables_and_pictures_that_show_something(tmp_path:
     rows = [*ROWS, row("full", None, 0.9, 1.0, None, task="caption"), row("exits", 1.1, 0.9, 1.0, None, task="caption")]
     paths = write_report(rows, [probe], tmp_path / "run")
     raw = json.loads(paths.results.read_text())
-    assert isinstance(raw, list)
-    assert set(SCHEMA) <= raw[0].keys()
-    assert [one.to_json() for one in read_results(paths.results)] == raw
+    assert (raw["format"], raw["samples"]) == (1, {"vqa": 50, "caption": 50})
+    assert set(SCHEMA) <= raw["rows"][0].keys()
+    assert [one.to_json() for one in read_results(paths.results)] == raw["rows"]
     text = paths.report.read_text()
     for part in ("1.60x", "not a speed", "| CE + GAN | 0.800 |"):
         assert part in text
