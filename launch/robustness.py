@@ -127,7 +127,9 @@ def run(arguments: argparse.Namespace, *, command: str) -> None:
             f"{row['task']:10}{row['kind']:>10}{row['level']:>7g}{row['method']:>10}{threshold:>10}{row['quality']:>9.3f}"
             f"{row['speed']:>7.2f}{row['mean_blocks']:>8.2f}"
         )
-    pictures = save_pictures(robustness_figures(content), directory.path)
+    plots = directory.path / "robustness_plots"
+    plots.mkdir(exist_ok=True)
+    pictures = save_pictures(robustness_figures(content, {}), plots)
     for written in (path, traces, *pictures):
         print(written)
 

@@ -10,21 +10,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from free_dist.evaluation.report_blocks import Claim, interval, number, percent, threshold_text
+from free_dist.evaluation.report_blocks import interval, number, percent, threshold_text
 from free_dist.evaluation.rows import Row, best_row, tasks_of
 
 KEPT = 0.99
 """Relative quality that a claim of speed asks for."""
-
-__all__ = [
-    "Claim",
-    "ablation_claims",
-    "comparison_claims",
-    "depth_claims",
-    "placement_claims",
-    "result_claims",
-    "robustness_claims",
-]
 
 
 def result_claims(rows: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
@@ -38,9 +28,10 @@ def result_claims(rows: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
         against_hf = best.wall_ratio_hf is not None and best.wall_ratio_hf < best.wall_ratio
         name = "wall_ratio_hf_interval" if against_hf else "wall_ratio_interval"
         speed = interval(best.speed, best.extras.get(name), 2)
+        name = labels.get(best.method, best.method)
         found.append(
-            f"{task}: {speed} times the speed of the faster full-depth baseline at {percent(best.quality_ratio)} of the full model's quality "
-            f"({labels.get(best.method, best.method)}, threshold {threshold_text(best.threshold)}, n = {best.n})."
+            f"{task}: {speed} times the speed of the faster full-depth baseline at {percent(best.quality_ratio)} of the full "
+            f"model's quality ({name}, threshold {threshold_text(best.threshold)}, n = {best.n})."
         )
     return found
 
@@ -54,9 +45,10 @@ def comparison_claims(content: Mapping[str, Any]) -> list[str]:
         kept = [row for row in own if row["quality_full"] and row["quality"] / row["quality_full"] >= KEPT]
         if kept:
             best = max(kept, key=lambda row: row["speed"])
+            name, methods = best.get("label") or best["method"], len({row["method"] for row in own})
+            speed = interval(best["speed"], best.get("speed_interval"), 2)
             found.append(
-                f"{task}: of {len({row['method'] for row in own})} methods on the same decoder, {best.get('label') or best['method']} is the fastest that keeps "
-                f"99% of the quality: {interval(best['speed'], best.get('speed_interval'), 2)}."
+                f"{task}: of {methods} methods on the same decoder, {name} is the fastest that keeps 99% of the quality: {speed}."
             )
     return found
 
@@ -92,7 +84,7 @@ def depth_claims(content: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def robustness_claims(content: Mapping[str, Any]) -> list[str]:
+def robustness_claims(content: Mapping[str, Any], labels: Mapping[str, str]) -> list[str]:
     """Per task: quality against full depth at the worst corruption; then transfer, calibration and length at their
     worst."""
     found = []
@@ -101,20 +93,24 @@ def robustness_claims(content: Mapping[str, Any]) -> list[str]:
         own = [row for row in rows if row["task"] == task and row["quality_full"]]
         if own:
             worst = min(own, key=lambda row: row["quality"] / row["quality_full"])
+            name = labels.get(worst["method"], worst["method"])
+            kept = percent(worst["quality"] / worst["quality_full"])
+            where = f"{worst['kind']} {worst['level']:g}, {name}, threshold {threshold_text(worst['threshold'])}"
             found.append(
-                f"{task}: at worst exits keep {percent(worst['quality'] / worst['quality_full'])} of what full depth keeps on the same spoilt "
-                f"pictures ({worst['kind']} {worst['level']:g}, {worst['method']}, threshold {threshold_text(worst['threshold'])}), at a speed of "
-                f"{number(worst['speed'], 2)}."
+                f"{task}: at worst exits keep {kept} of what full depth keeps on the same spoilt pictures ({where}), at a speed "
+                f"of {number(worst['speed'], 2)}."
             )
     moved = content["transfer"]
     for name, own in (
         ("on the same task's test split", [row for row in moved if _task(row["from"]) == _task(row["to"])]),
         ("on another task", [row for row in moved if _task(row["from"]) != _task(row["to"])]),
     ):
+        live = [row for row in own if row["threshold"] < 1]
         if own:
-            held = sum(row["got"] <= row["wanted"] for row in own)
+            held = sum(row["got"] <= row["wanted"] for row in live)
             found.append(
-                f"thresholds chosen on the calibration split keep their promise {name} in {held} of {len(own)} cases."
+                f"thresholds chosen on the calibration split keep their promise {name} in {held} of {len(live)} cases; in "
+                f"{len(own) - len(live)} more no threshold could be certified, and the exit stays off."
             )
     if content["ece"]:
         worst = max(content["ece"], key=lambda row: row["ece"])
@@ -125,9 +121,10 @@ def robustness_claims(content: Mapping[str, Any]) -> list[str]:
     lengths = [row for row in content["length"] if row["threshold"] is not None]
     if lengths:
         worst = min(lengths, key=lambda row: row["ratio"])
+        ratio, name = interval(worst["ratio"], worst["ratio_interval"]), labels.get(worst["method"], worst["method"])
         found.append(
-            f"the shortest answers are {interval(worst['ratio'], worst['ratio_interval'])} of full depth's length ({worst['task']}, "
-            f"{worst['method']}, threshold {threshold_text(worst['threshold'])})."
+            f"the shortest answers are {ratio} of full depth's length ({worst['task']}, {name}, threshold "
+            f"{threshold_text(worst['threshold'])})."
         )
     return found
 
@@ -146,8 +143,8 @@ def ablation_claims(content: Mapping[str, Any]) -> list[str]:
         gains += difference > spread
         losses += -difference > spread
     return [
-        f"adversarial loss against none, exit by exit: better by more than the seeds' standard deviation in {gains}, worse in {losses} of "
-        f"{len(pairs)} cases."
+        f"adversarial loss against none, exit by exit: better by more than the seeds' standard deviation in {gains}, worse in "
+        f"{losses} of {len(pairs)} cases."
     ]
 
 

@@ -78,6 +78,8 @@ def speed_quality(rows: Sequence[Row], labels: Mapping[str, str]) -> list[Pictur
         axes.axhline(99, color="#b00020", linewidth=0.9, linestyle="--")
         axes.axvline(1, color="black", linewidth=0.9)
         axes.margins(0.12)
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 97.5), max(high, 101.0))
         _label(axes, task, "speed against full depth (bars: 95% interval)", "quality of the full model's (%)")
         pictures.append(_picture(figure, f"speed_quality_{task}", f"Speed and quality, {task}; numbers are thresholds"))
     return pictures
@@ -179,7 +181,7 @@ def share_figure(name: str, title: str, groups: Mapping[str, Mapping[int, float]
     return _picture(figure, name, title)
 
 
-def robustness_figures(content: Mapping[str, Any]) -> list[Picture]:
+def robustness_figures(content: Mapping[str, Any], labels: Mapping[str, str]) -> list[Picture]:
     """Quality and speed against the level of noise and blur, and reliability of every exit's confidence."""
     pictures = []
     rows = content["corruptions"]
@@ -190,7 +192,7 @@ def robustness_figures(content: Mapping[str, Any]) -> list[Picture]:
         for i, (method, threshold) in enumerate(dict.fromkeys((row["method"], row["threshold"]) for row in own)):
             curve = [row for row in own if (row["method"], row["threshold"]) == (method, threshold)]
             curve.sort(key=lambda row: row["level"])
-            label = "full depth" if threshold is None else f"{method} {threshold_text(threshold)}"
+            label = "full depth" if threshold is None else f"{labels.get(method, method)} {threshold_text(threshold)}"
             x = [row["level"] for row in curve]
             for place, value in enumerate(("quality", "speed")):
                 y = [row[value] for row in curve]
@@ -210,9 +212,13 @@ def robustness_figures(content: Mapping[str, Any]) -> list[Picture]:
         for i, row in enumerate(own):
             x, y = [one["confidence"] for one in row["bins"]], [one["accuracy"] for one in row["bins"]]
             axes.plot(x, y, ".-", color=_colour(i), linewidth=0.9, label=f"block {row['exit']}")
-        _label(axes, f"{task}, {method}", "mean confidence of a bin", "share equal to the label")
+        lowest = min((min(one["confidence"], one["accuracy"]) for row in own for one in row["bins"]), default=0.0)
+        axes.set_xlim(lowest - 0.02, 1.01)
+        axes.set_ylim(lowest - 0.02, 1.01)
+        named = labels.get(method, method)
+        _label(axes, f"{task}, {named}", "mean confidence of a bin", "share equal to the label")
         pictures.append(
-            _picture(figure, f"reliability_{task}_{method}", f"Reliability of confidences, {task}, {method}")
+            _picture(figure, f"reliability_{task}_{method}", f"Reliability of confidences, {task}, {named}")
         )
     return pictures
 
@@ -281,7 +287,8 @@ def _picture(figure: Figure, name: str, title: str) -> Picture:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 entries.setdefault(label, handle)
     if entries:
-        columns = min(len(entries), 3)
+        longest = max(map(len, entries))
+        columns = min(len(entries), 3 if longest <= 15 else 2 if longest <= 28 else 1)
         figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, fontsize=8)
     buffer = StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "free_dist"}):

@@ -16,6 +16,7 @@ from free_dist.evaluation import report_figures as figures
 from free_dist.evaluation import report_tables as tables
 from free_dist.evaluation.report_blocks import (
     Block,
+    Claim,
     Claims,
     Example,
     Examples,
@@ -28,6 +29,7 @@ from free_dist.evaluation.report_blocks import (
     Table,
     Text,
     number,
+    percent,
     threshold_text,
 )
 from free_dist.evaluation.report_sources import PROBES, STEPS, RunDirectory
@@ -36,6 +38,7 @@ from free_dist.evaluation.report_traces import (
     TRACES,
     TracedAnswer,
     Traces,
+    counts_by,
     position_name,
     read_traces,
     shares_by,
@@ -50,22 +53,29 @@ SHOWN_EXAMPLES = 4
 CURVES = ("loss_", "agreement_with_full_", "discriminator_accuracy_", "grad_norm")
 """Beginnings of the groups of training numbers that are drawn."""
 RESULTS_LEGEND = (
-    'quality: VQA accuracy (vqa), accuracy of the last answer given the true history (dialogue), CIDEr-D (caption; 1.0 is "100"). '
-    "relative: over the full model's quality on the same samples. agreement: share of samples whose whole token sequence equals the full "
-    "model's. blocks: mean block calls per token, prefill included, an exit transformer counted as one. layer ratio: all blocks over "
-    "blocks; it is a count, not a speed. speed: wall-clock ratio against our own full depth and against Hugging Face generate, end to end "
-    "from pixels to tokens, same run, interleaved sample by sample, sums of times, with a 95% bootstrap interval over samples; above 1 "
-    "is faster, and the lower of the two counts. Every row is scored on its own n samples. The row marked * is the fastest that keeps 99% "
-    "of the quality; it was chosen on the samples it is reported on."
+    "quality: VQA accuracy (vqa), accuracy of the last answer given the true history (dialogue), CIDEr-D (caption; "
+    '1.0 is "100"). relative: over the full model\'s quality on the same samples. agreement: share of samples whose '
+    "whole token sequence equals the full model's. blocks: mean block calls per token, prefill included, an exit "
+    "transformer counted as one. layer ratio: all blocks over blocks; it is a count, not a speed. speed: wall-clock "
+    "ratio against our own full depth and against Hugging Face generate, end to end from pixels to tokens, same run, "
+    "interleaved sample by sample, sums of times, with a 95% bootstrap interval over samples; above 1 is faster, and "
+    "the lower of the two counts. Every row is scored on its own n samples. The row marked * is the fastest that "
+    "keeps 99% of the quality; it was chosen on the samples it is reported on."
 )
 ROBUSTNESS_LEGEND = (
-    "Noise: standard deviation where black is 0 and white 1; blur: where the picture's shorter side is 1; both on the decoded picture, "
-    "before the image processor; level 0 is the clean evaluation. Full depth is the full model on the same spoilt pictures. ECE: answer "
-    "tokens under teacher forcing; the last block is the full model. Transfer: an exit's loss is the share of an image's answer tokens "
-    'that it would emit and the full model would not, under teacher forcing; exit "all" is whole answers with one threshold for all exits, '
-    "really decoded, by their harm (lost accuracy; for captions, lost share of CIDEr-D). Thresholds promise their loss with "
-    "probability 95% (Learn then Test) where they were chosen, and promise nothing elsewhere. Intervals are 95% bootstrap, over images for "
-    "ECE and transfer, over samples for the rest."
+    "Noise: standard deviation where black is 0 and white 1; blur: where the picture's shorter side is 1; both on the "
+    'decoded picture, before the image processor; level 0 is the clean evaluation. "full depth" is the full model on '
+    "the same spoilt pictures. ECE: answer tokens under teacher forcing; the last block is the full model. Transfer: "
+    "an exit's loss is the share of an image's answer tokens that it would emit and the full model would not, under "
+    'teacher forcing; exit "all" is whole answers with one threshold for all exits, really decoded, by their harm '
+    "(lost accuracy; for captions, lost share of CIDEr-D). Thresholds were chosen by Learn then Test, which promises "
+    "the loss with high probability for images like those they were chosen on, and nothing elsewhere. Intervals are "
+    "95% bootstrap, over images for ECE and transfer, over samples for the rest."
+)
+COSTS_LEGEND = (
+    "vision is timed inside the answer; prompt (blocks at the first token), blocks, checks (exit transformers and "
+    "their heads), heads and bookkeeping are counted from the exits that the tokens took and the pieces' own measured "
+    'times. The diamond, and the column "measured", is the time measured end to end, without a clock inside.'
 )
 
 
@@ -121,13 +131,13 @@ class RunSections:
         summary = Section(title="Summary", blocks=tuple(found))
         return RunReport(name=str(self.run.path), sections=(summary, *made))
 
-    def _claims(self) -> list[Any]:
+    def _claims(self) -> list[Claim]:
         makers = {
             "results.json": lambda content: claims.result_claims(self.results, self.labels),
             "comparison.json": claims.comparison_claims,
             "placement.json": claims.placement_claims,
             "mid_crisis.json": claims.depth_claims,
-            "robustness.json": claims.robustness_claims,
+            "robustness.json": lambda content: claims.robustness_claims(content, self.labels),
             "ablation/ablation.json": claims.ablation_claims,
         }
         found = []
@@ -136,7 +146,7 @@ class RunSections:
             if content is not None:
                 command = self._command(step.file, content)
                 texts = _or_user_error(lambda c=content, s=step: makers[s.file](c), self.run.path / step.file)  # type: ignore[misc]
-                found += [claims.Claim(text=text, command=command) for text in texts]
+                found += [Claim(text=text, command=command) for text in texts]
         return found
 
     def _command(self, file: str, content: Mapping[str, Any]) -> str:
@@ -161,41 +171,43 @@ class RunSections:
             Text(text=RESULTS_LEGEND),
         ]
 
-    def _operating_point(self, task: str) -> tuple[str, float] | None:
-        """Method and threshold shown for a task: the best of the results, or the first traced."""
+    def _points(self, task: str) -> tuple[str, list[float]]:
+        """The method shown for a task, that of its best row where it was traced, and its traced thresholds."""
         assert self.traces is not None
-        own = [a for a in self.traces.answers if a.task == task and a.threshold is not None]
+        own = [(a.method, a.threshold) for a in self.traces.answers if a.task == task and a.threshold is not None]
+        points = [(method, threshold) for method, threshold in dict.fromkeys(own) if threshold is not None]
         best = best_row(self.results, task)
-        points = list(dict.fromkeys((a.method, a.threshold) for a in own if a.threshold is not None))
-        if best is not None and best.threshold is not None and (best.method, best.threshold) in points:
-            return best.method, best.threshold
-        return points[0] if points else None
+        traced = [method for method, _ in points]
+        method = best.method if best is not None and best.method in traced else next(iter(traced), "")
+        return method, sorted(threshold for name, threshold in points if name == method)
 
     def _shares(self, _content: Mapping[str, Any]) -> list[Block]:
         assert self.traces is not None
         blocks: list[Block] = []
         for task in dict.fromkeys(answer.task for answer in self.traces.answers):
-            point = self._operating_point(task)
-            if point is None:
-                continue
-            own = [a for a in self.traces.answers if (a.task, a.method, a.threshold) == (task, *point)]
-            layers = sorted({t.exit for a in own for t in a.tokens} | {self.traces.n_blocks})
-            where = f"{task}, {self.labels.get(point[0], point[0])} at {threshold_text(point[1])}"
+            method, thresholds = self._points(task)
+            named = self.labels.get(method, method)
+            every = [a for a in self.traces.answers if (a.task, a.method) == (task, method)]
+            layers = sorted({t.exit for a in every for t in a.tokens} | {self.traces.n_blocks})
             pictures, listed = [], []
-            for key, groups in (
-                ("position", [position_name(i, POSITIONS) for i in range(1, POSITIONS + 1)]),
-                ("word", list(CLASSES)),
-            ):
-                shares = shares_by(own, groups, key, last=POSITIONS)
-                counts = dict.fromkeys(shares, 0)
-                for answer in own:
-                    for place, token in enumerate(answer.tokens, start=1):
-                        counts[token.word if key == "word" else position_name(place, POSITIONS)] += 1
-                kind = "answer position" if key == "position" else "class of word"
-                title = f"{where}: exits by {kind}"
-                pictures.append(figures.share_figure(f"exits_{task}_{key}", title, shares, layers))
-                listed.append(tables.shares_table(f"{where}, by {kind}", shares, layers, counts))
-            blocks += [Pictures(pictures=tuple(pictures)), *listed]
+            for threshold in thresholds:
+                own = [answer for answer in every if answer.threshold == threshold]
+                value = threshold_text(threshold)
+                for key, kind, groups in (
+                    ("position", "answer position", [position_name(i, POSITIONS) for i in range(1, POSITIONS + 1)]),
+                    ("word", "class of word", list(CLASSES)),
+                ):
+                    shares = shares_by(own, groups, key, last=POSITIONS)
+                    counts = counts_by(own, key, last=POSITIONS)
+                    name = f"exits_{task}_{value.replace('.', '_')}_{key}"
+                    title = f"{task}, {named} at {value}: exits by {kind}"
+                    pictures.append(figures.share_figure(name, title, shares, layers))
+                    listed += [
+                        (value, kind, group, *(percent(share.get(k, 0.0)) for k in layers), number(counts[group]))
+                        for group, share in shares.items()
+                    ]
+            caption = f"{task}, {named}: where tokens leave"
+            blocks += [Pictures(pictures=tuple(pictures)), tables.shares_table(caption, listed, layers)]
         return blocks
 
     def _examples(self, _content: Mapping[str, Any]) -> list[Block]:
@@ -204,12 +216,12 @@ class RunSections:
         depths = figures.depths_of(layers)
         shown = []
         for task in dict.fromkeys(answer.task for answer in self.traces.answers):
-            point = self._operating_point(task)
+            method, thresholds = self._points(task)
+            points = [("full", None), *((method, threshold) for threshold in thresholds)]
             pictured = [a for a in self.traces.answers if a.task == task and a.picture is not None][:SHOWN_EXAMPLES]
             for one in pictured:
                 same = [a for a in self.traces.answers if (a.task, a.index) == (task, one.index)]
-                methods = ("full", None), point
-                answers = [a for a in same if (a.method, a.threshold) in methods]
+                answers = [a for point in points for a in same if (a.method, a.threshold) == point]
                 assert one.picture is not None
                 shown.append(
                     Example(
@@ -222,10 +234,8 @@ class RunSections:
                     )
                 )
         full = self.traces.n_blocks
-        legend = tuple(
-            ShownToken(text=f"block {k}" + (" (full depth)" if k == full else ""), exit=k, depth=depths[k])
-            for k in layers
-        )
+        named = {k: f"block {k}" + (" (full depth)" if k == full else "") for k in layers}
+        legend = tuple(ShownToken(text=text, exit=k, depth=depths[k]) for k, text in named.items())
         return [Examples(examples=tuple(shown), legend=legend)]
 
     def _shown_answer(self, answer: TracedAnswer, depths: Mapping[int, float]) -> ShownAnswer:
@@ -241,7 +251,10 @@ class RunSections:
     def _placement(self, content: Mapping[str, Any]) -> list[Block]:
         entries = {name: content[name] for name in ("predicted", "measured")} | dict(content["baselines"])
         budget, seconds = content.get("budget"), content.get("search_seconds")
-        facts = f"Budget: {budget}. The search took {number(seconds, 1)} s and left {len(content.get('points', []))} points on the front."
+        if isinstance(budget, Mapping):
+            budget = ", ".join(f"{name} {number(value)}" for name, value in budget.items())
+        left = len(content.get("points", []))
+        facts = f"Budget: {budget}. The search took {number(seconds, 1)} s and left {left} points on the front."
         return [
             Text(text=facts),
             Pictures(pictures=tuple(figures.placement_figures(content))),
@@ -275,12 +288,12 @@ class RunSections:
 
     def _robustness(self, content: Mapping[str, Any]) -> list[Block]:
         return [
-            Pictures(pictures=tuple(figures.robustness_figures(content))),
+            Pictures(pictures=tuple(figures.robustness_figures(content, self.labels))),
             Text(text=ROBUSTNESS_LEGEND),
-            tables.corruption_table(content["corruptions"]),
-            tables.transfer_table(content["transfer"]),
-            tables.ece_table(content["ece"]),
-            tables.length_table(content["length"]),
+            tables.corruption_table(content["corruptions"], self.labels),
+            tables.transfer_table(content["transfer"], self.labels),
+            tables.ece_table(content["ece"], self.labels),
+            tables.length_table(content["length"], self.labels),
         ]
 
     def _costs(self, content: Mapping[str, Any]) -> list[Block]:
@@ -290,12 +303,8 @@ class RunSections:
             return [Missing(what="cost breakdown", command=step.command_for(self.run.path))]
         return [
             Pictures(pictures=tuple(figures.cost_figures(rows))),
-            tables.cost_table(rows),
-            Text(
-                text="vision is timed inside the answer; prompt (blocks at the first token), blocks, checks (exit transformers and their heads), heads "
-                "and bookkeeping are counted from the exits that the tokens took and the pieces' own measured times; the diamond, and the last column, "
-                "is the time measured end to end."
-            ),
+            tables.cost_table(rows, self.labels),
+            Text(text=COSTS_LEGEND),
         ]
 
     def _ablation(self, content: Mapping[str, Any]) -> list[Block]:

@@ -56,16 +56,10 @@ def results_table(rows: Sequence[Row], labels: Mapping[str, str]) -> Table:
     return Table(headings=RESULT_HEADINGS, rows=tuple(result_cells(rows, labels)))
 
 
-def shares_table(
-    title: str, groups: Mapping[str, Mapping[int, float]], layers: Sequence[int], counts: Mapping[str, int]
-) -> Table:
-    """Group of tokens -> share that left after each block."""
-    return Table(
-        headings=(title, *(f"block {k}" for k in layers), "tokens"),
-        rows=tuple(
-            (group, *(percent(own.get(k, 0.0)) for k in layers), number(counts[group])) for group, own in groups.items()
-        ),
-    )
+def shares_table(caption: str, groups: Sequence[tuple[str, ...]], layers: Sequence[int]) -> Table:
+    """Rows of threshold, kind of group, group, share that left after each block, and number of tokens."""
+    headings = ("threshold", "tokens by", "group", *(f"block {k}" for k in layers), "tokens")
+    return Table(caption=caption, headings=headings, rows=tuple(groups))
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -126,8 +120,10 @@ def placement_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
 def depth_table(task: str, found: Mapping[str, Any]) -> Table:
     """Accuracy after every block, a line per curve."""
     blocks = sorted({int(k) for points in found["curves"].values() for k in points})
+    bounded = any("interval" in point for points in found["curves"].values() for point in points.values())
+    bounds = " [95% interval]" if bounded else ""
     return Table(
-        caption=f"{task}: {found['tokens']:,} answer tokens, token accuracy by block [95% interval]",
+        caption=f"{task}: {found['tokens']:,} answer tokens, token accuracy by block{bounds}",
         headings=("curve", *map(str, blocks)),
         rows=tuple(
             (name, *(_point(points.get(str(k))) for k in blocks)) for name, points in found["curves"].items()
@@ -160,7 +156,7 @@ def dips_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     )
 
 
-def corruption_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def corruption_table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Table:
     """Every corruption, level and decoder."""
     return Table(
         caption="quality, speed and blocks on spoilt pictures",
@@ -170,7 +166,7 @@ def corruption_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 str(row["task"]),
                 str(row["kind"]),
                 f"{row['level']:g}",
-                str(row["method"]),
+                _method(row, labels),
                 threshold_text(row["threshold"]),
                 interval(row["quality"], row["quality_interval"]),
                 number(row["quality_full"]),
@@ -183,14 +179,14 @@ def corruption_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def transfer_table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Table:
     """Thresholds from one split and task on another."""
     return Table(
         caption="a threshold chosen on one split or task, and the mean loss on another",
         headings=("method", "exit", "chosen on", "held on", "threshold", "loss promised", "loss found", "holds", "n"),
         rows=tuple(
             (
-                str(row.get("method", "-")),
+                _method(row, labels),
                 str(row["exit"]),
                 str(row["from"]),
                 str(row["to"]),
@@ -205,15 +201,15 @@ def transfer_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def ece_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def ece_table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Table:
     """Expected calibration error of every exit."""
     return Table(
         caption="expected calibration error, bins of equal mass",
-        headings=("task", "method", "exit", "against", "ECE", "mean confidence", "accuracy", "n"),
+        headings=("task", "method", "exit", "against", "ECE", "mean confidence", "accuracy", "tokens"),
         rows=tuple(
             (
                 str(row["task"]),
-                str(row.get("method", "-")),
+                _method(row, labels),
                 str(row["exit"]),
                 str(row.get("target", "labels")),
                 interval(row["ece"], row["interval"], 4),
@@ -226,7 +222,7 @@ def ece_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def length_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def length_table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Table:
     """Lengths against full depth, and where answers end."""
     return Table(
         caption="length of answers, and the exits that end them",
@@ -234,7 +230,7 @@ def length_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows=tuple(
             (
                 str(row["task"]),
-                str(row["method"]),
+                _method(row, labels),
                 threshold_text(row["threshold"]),
                 number(row["mean_tokens"], 2),
                 number(row["mean_tokens_full"], 2),
@@ -246,7 +242,7 @@ def length_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def cost_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def cost_table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Table:
     """Milliseconds per answer by part."""
     parts = list(rows[0]["parts"]) if rows else []
     return Table(
@@ -255,7 +251,7 @@ def cost_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         rows=tuple(
             (
                 str(row["task"]),
-                str(row["method"]),
+                _method(row, labels),
                 threshold_text(row["threshold"]),
                 *(number(1000 * row["parts"][part], 2) for part in parts),
                 number(1000 * sum(row["parts"].values()), 2),
@@ -284,6 +280,11 @@ def _over_seeds(value: object) -> str:
 
 def _point(point: Mapping[str, Any] | None) -> str:
     return "" if point is None else interval(point["accuracy"], point.get("interval"))
+
+
+def _method(row: Mapping[str, Any], labels: Mapping[str, str]) -> str:
+    method = str(row.get("method", "-"))
+    return labels.get(method, method)
 
 
 def _bin_mean(bins: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,24 +192,32 @@ def read_traces(path: Path) -> Traces:
         ) from error
 
 
+def counts_by(answers: Iterable[TracedAnswer], key: str, *, last: int = 8) -> Counter[str]:
+    """Group -> its tokens; ``key`` is ``position`` (1, 2, ..., the last one open) or ``word``."""
+    return Counter(group for group, _ in _grouped(answers, key, last))
+
+
 def shares_by(
     answers: Iterable[TracedAnswer], groups: Sequence[str], key: str, *, last: int = 8
 ) -> dict[str, dict[int, float]]:
-    """Group -> exit -> share of the group's tokens; ``key`` is ``position`` (1, 2, ..., the last one open) or ``word``.
+    """Group, as in :func:`counts_by` -> exit -> share of the group's tokens.
 
     Only ``groups`` that have tokens are returned, in that order.
     """
-    counts: dict[str, dict[int, int]] = {}
-    for answer in answers:
-        for place, token in enumerate(answer.tokens, start=1):
-            group = token.word if key == "word" else position_name(place, last)
-            own = counts.setdefault(group, {})
-            own[token.exit] = own.get(token.exit, 0) + 1
+    answers = list(answers)
+    counts, exits = counts_by(answers, key, last=last), Counter(_grouped(answers, key, last))
     return {
-        group: {k: n / sum(counts[group].values()) for k, n in sorted(counts[group].items())}
+        group: {k: n / counts[group] for (own, k), n in sorted(exits.items()) if own == group}
         for group in groups
         if group in counts
     }
+
+
+def _grouped(answers: Iterable[TracedAnswer], key: str, last: int) -> Iterator[tuple[str, int]]:
+    """(group, exit) of every token."""
+    for answer in answers:
+        for place, token in enumerate(answer.tokens, start=1):
+            yield (token.word if key == "word" else position_name(place, last)), token.exit
 
 
 def position_name(place: int, last: int) -> str:
