@@ -36,7 +36,7 @@ _FUNCTION_WORDS = """
     and or but nor so yet if because as until while than though although
     i me my mine we us our ours you your yours he him his she her hers it its they them their theirs who whom whose which what
     is am are was were be been being do does did has have had having will would shall should can could may might must
-    not there here when where why how n't 's 're 've 'll 'd 'm
+    not there here when where why how ca wo sha
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 """Articles, determiners, prepositions, conjunctions, pronouns, auxiliaries; see :func:`token_classes` for answers of
@@ -148,7 +148,8 @@ def token_classes(pieces: Sequence[str], *, ends: Sequence[bool]) -> list[str]:
     classes = ["end" if end else "punctuation" for end in ends]
     for places in words:
         word = "".join(pieces[i] for i in places).strip().strip('.,;:!?"()').lower()
-        name = "function word" if word in FUNCTION_WORDS and len(words) > 1 else "content word"
+        known = word in FUNCTION_WORDS or word.partition("'")[0].removesuffix("n") in FUNCTION_WORDS  # "isn't", "it's"
+        name = "function word" if known and len(words) > 1 else "content word"
         for i in places:
             classes[i] = name
     return classes
