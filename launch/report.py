@@ -52,7 +52,7 @@ def complete(run: Path) -> None:
         # Asked anew each time: one step may make what another needs.
         if run.is_dir() and any(run.iterdir()) and RunDirectory.open(run).measured(step.file) is not None:
             continue
-        words = shlex.split(step.command_for(Path(shlex.quote(str(run.resolve())))))
+        words = shlex.split(RunDirectory(path=run.resolve()).command(step))
         print(f"\n{step.name}: {shlex.join(words)}", flush=True)
         code = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=False).returncode
         if code:

@@ -127,7 +127,7 @@ class RunSections:
         ]
         found: list[Block] = [Claims(claims=tuple(self._claims()))]
         gaps = [step for step in STEPS if self.run.measured(step.file) is None]
-        found += [Missing(what=step.name, command=step.command_for(self.run.path)) for step in gaps]
+        found += [Missing(what=step.name, command=self.run.command(step)) for step in gaps]
         summary = Section(title="Summary", blocks=tuple(found))
         return RunReport(name=str(self.run.path), sections=(summary, *made))
 
@@ -151,7 +151,7 @@ class RunSections:
 
     def _command(self, file: str, content: Mapping[str, Any]) -> str:
         step = next(step for step in STEPS if step.file == file)
-        return str(content.get("command") or step.command_for(self.run.path))
+        return str(content.get("command") or self.run.command(step))
 
     def _section(
         self, title: str, file: str, build: Callable[[Mapping[str, Any]], list[Block]], *, source: str | None = None
@@ -160,7 +160,7 @@ class RunSections:
         content = self.run.measured(file)
         if content is None or (source is not None and not (self.run.path / source).is_file()):
             step = next(step for step in STEPS if step.file == file)
-            return Section(title=title, blocks=(Missing(what=step.name, command=step.command_for(self.run.path)),))
+            return Section(title=title, blocks=(Missing(what=step.name, command=self.run.command(step)),))
         blocks = _or_user_error(lambda: build(content), self.run.path / file)
         return Section(title=title, blocks=tuple(blocks), command=self._command(file, content))
 
@@ -300,7 +300,7 @@ class RunSections:
         rows = content.get("costs")
         if not rows:
             step = next(step for step in STEPS if step.file == "robustness.json")
-            return [Missing(what="cost breakdown", command=step.command_for(self.run.path))]
+            return [Missing(what="cost breakdown", command=self.run.command(step))]
         return [
             Pictures(pictures=tuple(figures.cost_figures(rows))),
             tables.cost_table(rows, self.labels),
@@ -318,7 +318,7 @@ class RunSections:
         command = f"python launch/draw_curves.py {self.run.path}/exits"
         if not logs:
             step = STEPS[0]
-            gap = Missing(what="training curves", command=step.command_for(self.run.path))
+            gap = Missing(what="training curves", command=self.run.command(step))
             return Section(title="Training curves", blocks=(gap,))
         blocks: list[Block] = []
         for name, path in logs.items():

@@ -7,6 +7,7 @@ Reads JSON and says clearly what is wrong with it; does not know what is shown o
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,10 +40,6 @@ class Step:
     """What to type; ``{run}`` is the run directory."""
     required: tuple[str, ...] = ()
     """Keys at the file's top level."""
-
-    def command_for(self, run: Path) -> str:
-        """The command with the run's name in it."""
-        return self.command.replace("{run}", str(run))
 
 
 STEPS = (
@@ -132,6 +129,16 @@ class RunDirectory:
             return {}
         return {method: dict(_json_object(path / MANIFEST)) for method, path in exports.items()}
 
+    def command(self, step: Step) -> str:
+        """What to type to do a step for this run.
+
+        A training run of its own (its exits lie in ``export``) is evaluated; any other directory is a quickstart's.
+        """
+        name = shlex.quote(str(self.path))
+        if step is STEPS[0] and (self.path / EXPORT / MANIFEST).is_file():
+            return f"python launch/evaluate.py --exits {name}/{EXPORT} --config {name}/{RECIPE} run_dir={name}"
+        return step.command.replace("{run}", name)
+
     def measured(self, file: str) -> dict[str, Any] | None:
         """What a step wrote, None if it did not; a list at the top level becomes ``rows``.
 
@@ -144,7 +151,7 @@ class RunDirectory:
             path = next((other for other in beside if other.is_file()), path)
         if not path.is_file():
             return None
-        again = f"make it again: {step.command_for(self.path)}"
+        again = f"make it again: {self.command(step)}"
         try:
             content = json.loads(path.read_text())
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Robustness on a tiny random model and real shards: the clean level, recorded opinions, carried thresholds, and both launchers."""
+"""Robustness on a tiny random model and real shards: clean level, opinions, carried thresholds, and both launchers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from free_dist.backbones import Blip2Backbone
-from free_dist.backbones.checkpoint_hash import backbone_hash
 from free_dist.backbones.embedded import new_model
 from free_dist.config import BackboneConfig, DataConfig, DecodingConfig, EvaluationConfig, Recipe
 from free_dist.data.samples import IGNORE, SampleEncoder
@@ -25,7 +24,7 @@ from free_dist.evaluation.robustness import Corruption, measure_corruptions
 from free_dist.evaluation.robustness_confidence import answer_transfer_rows, record_opinions
 from free_dist.evaluation.tasks import find_task
 from free_dist.exits import ExitBank
-from free_dist.exits.export import save_exits
+from free_dist.exits.export import backbone_hash, save_exits
 from free_dist.recipe_io import save_recipe
 from free_dist.training.finetune import save_backbone
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -250,8 +251,8 @@ def test_whatever_was_not_measured_is_named_with_its_command(tmp_path: Path) -> 
     report = run_report([RunDirectory.open(run)], command="x")
     html, text = html_page(report), markdown_page(report)
     for step in STEPS[1:]:
-        assert f"<code>{step.command_for(run)}</code>" in html
-        assert f"`{step.command_for(run)}`" in text
+        assert f"<code>{RunDirectory(path=run).command(step)}</code>" in html
+        assert f"`{RunDirectory(path=run).command(step)}`" in text
     titles = [section.title for section in report.runs[0].sections if section.missing]
     assert len(titles) == 10
     assert "Quality and speed" not in titles
@@ -267,11 +268,18 @@ def test_several_runs_stand_on_one_page_without_sharing_plots(full_run: Path, tm
     page = Page(written[0].read_text())
     assert page.problems == []
     assert {"1.62 [1.52, 1.73]", "3.50 [3.40, 3.60]"} <= cells(page)
-    assert {gap.command for gap in gaps} == {step.command_for(other) for step in STEPS[1:]} | {
-        STEPS[0].command_for(other)
-    }
+    assert {gap.command for gap in gaps} == {RunDirectory(path=other).command(step) for step in STEPS}
     names = [path.name for path in written[2].iterdir()]
     assert {"speed_quality_vqa.svg", "1_speed_quality_vqa.svg"} <= set(names)
+
+
+def test_a_training_run_is_evaluated_and_any_other_directory_made_by_the_quickstart(tmp_path: Path) -> None:
+    run = tmp_path / "with space"
+    assert RunDirectory(path=run).command(STEPS[0]) == f"python launch/quickstart.py run_dir='{run}'"
+    (run / "export").mkdir(parents=True)
+    (run / "export" / "exits.json").write_text("{}")
+    command = RunDirectory(path=run).command(STEPS[0])
+    assert shlex.split(command)[1:5] == ["launch/evaluate.py", "--exits", f"{run}/export", "--config"]
 
 
 @pytest.mark.parametrize(
