@@ -6,7 +6,7 @@ Every block is plain data.  Does not know where numbers come from, nor HTML or M
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -171,9 +171,11 @@ def percent(value: object, digits: int = 1) -> str:
 
 
 def threshold_text(value: object) -> str:
-    """``0.8``; a dash for None, ``off`` from 1 up, where no exit emits; one after the other for a list."""
+    """``0.8``; a dash for None, ``off`` from 1 up, where no exit emits; one after the other for a list or for tasks."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {threshold_text(one)}" for name, one in value.items())
     if isinstance(value, list | tuple):
         return " / ".join(threshold_text(one) for one in value)
     if not isinstance(value, int | float):
         return "-" if value is None else str(value)
-    return "off" if value >= 1 else f"{value:.6g}"
+    return "off" if value >= 1 else f"{value:.5g}"

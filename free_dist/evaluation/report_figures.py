@@ -110,12 +110,12 @@ def comparison_figures(rows: Sequence[Mapping[str, Any]]) -> list[Picture]:
 def placement_figures(content: Mapping[str, Any]) -> list[Picture]:
     """The searched front, the chosen placement predicted and measured, and the baselines, measured."""
     figure, axes = _plot(height=3.8)
-    front = [p for p in content.get("points", []) if {"predicted_speed", "quality_ratio"} <= p.keys()]
-    front.sort(key=lambda point: point["predicted_speed"])
+    points = [p | {"quality_ratio": p.get("quality_ratio", 1 - p.get("harm", 1.0))} for p in content.get("points", [])]
+    front = sorted((p for p in points if "predicted_speed" in p), key=lambda point: point["predicted_speed"])
     if front:
         axes.plot(
             [p["predicted_speed"] for p in front], [100 * p["quality_ratio"] for p in front], ".-", color="#9aa5b1",
-            linewidth=0.8, label="searched front, predicted",
+            linewidth=0.8, label="searched front (1 - predicted harm)",
         )  # fmt: skip
     entries = {name: one for name, one in content["baselines"].items() if one.get("measured_speed") is not None}
     random = {name: one for name, one in entries.items() if "random" in name}

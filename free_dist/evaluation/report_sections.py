@@ -164,11 +164,13 @@ class RunSections:
         blocks = _or_user_error(lambda: build(content), self.run.path / file)
         return Section(title=title, blocks=tuple(blocks), command=self._command(file, content))
 
-    def _results(self, _content: Mapping[str, Any]) -> list[Block]:
+    def _results(self, content: Mapping[str, Any]) -> list[Block]:
         return [
             Pictures(pictures=tuple(figures.speed_quality(self.results, self.labels))),
             tables.results_table(self.results, self.labels),
             Text(text=RESULTS_LEGEND),
+            tables.further_table(self.results, self.labels),
+            *([tables.plain_table("ranking of candidates", content["ranking"])] if content.get("ranking") else []),
         ]
 
     def _points(self, task: str) -> tuple[str, list[float]]:
@@ -258,7 +260,9 @@ class RunSections:
         return [
             Text(text=facts),
             Pictures(pictures=tuple(figures.placement_figures(content))),
-            tables.placement_table(entries),
+            tables.placement_table("all tasks", entries),
+            *(tables.placement_table(task, own) for task, own in content.get("tasks", {}).items()),
+            *([Text(text=str(content["note"]))] if content.get("note") else []),
         ]
 
     def _depth(self, content: Mapping[str, Any]) -> list[Block]:
@@ -309,7 +313,7 @@ class RunSections:
 
     def _ablation(self, content: Mapping[str, Any]) -> list[Block]:
         return [
-            tables.ablation_table(content["rows"]),
+            tables.plain_table("", content["rows"]),
             Text(text="Answer-token accuracy under teacher forcing; mean ± standard deviation over seeds."),
         ]
 

@@ -28,6 +28,9 @@ RESULT_HEADINGS = (
     "best",
 )
 
+_COUNTED = ("threads", "world_size", "n_hf")
+"""Extras of a row that say how it was timed."""
+
 
 def result_cells(rows: Sequence[Row], labels: Mapping[str, str] | None = None) -> list[tuple[str, ...]]:
     """A line per row, under ``RESULT_HEADINGS``; ``*`` marks the fastest of a task that keeps 99% of the quality."""
@@ -92,9 +95,10 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def placement_table(entries: Mapping[str, Mapping[str, Any]]) -> Table:
+def placement_table(caption: str, entries: Mapping[str, Mapping[str, Any]]) -> Table:
     """Placements by name."""
     return Table(
+        caption=caption,
         headings=(
             *("placement", "blocks", "variant", "thresholds", "parameters", "predicted speed", "measured speed"),
             *("quality", "of full", "n"),
@@ -263,10 +267,33 @@ def cost_table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> 
     )
 
 
-def ablation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def plain_table(caption: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows as they are; a list of numbers is one value per seed, shown as mean ± standard deviation."""
     headings = tuple(dict.fromkeys(str(key) for row in rows for key in row))
-    return Table(headings=headings, rows=tuple(tuple(_over_seeds(row.get(key)) for key in headings) for row in rows))
+    cells = tuple(tuple(_over_seeds(row.get(key)) for key in headings) for row in rows)
+    return Table(caption=caption, headings=headings, rows=cells)
+
+
+def further_table(rows: Sequence[Row], labels: Mapping[str, str]) -> Table:
+    """What else ``results.json`` has of every row, as long as it is one number: more metrics, tokens, seconds."""
+    kept = [
+        {name: value for name, value in row.extras.items() if isinstance(value, int | float) and name not in _COUNTED}
+        for row in rows
+    ]
+    names = tuple(dict.fromkeys(name for own in kept for name in own))
+    return Table(
+        caption="further numbers of the same rows",
+        headings=("task", "method", "threshold", *names),
+        rows=tuple(
+            (
+                row.task,
+                labels.get(row.method, row.method),
+                threshold_text(row.threshold),
+                *(number(own.get(name), 4) for name in names),
+            )
+            for row, own in zip(rows, kept, strict=True)
+        ),
+    )
 
 
 def _over_seeds(value: object) -> str:

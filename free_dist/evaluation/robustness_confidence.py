@@ -35,8 +35,11 @@ from free_dist.exits import ExitBank
 
 Floats = NDArray[np.float64]
 BINS = 10
-RESAMPLES = 1000
+RESAMPLES = 500
 """Bootstrap resamples behind an interval of a calibration error."""
+
+CANDIDATE_STEP = 3
+"""Of the thresholds that launch/calibrate.py tries, every third is tried for whole answers, each of which must be decoded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +279,7 @@ def answer_transfer_rows(
     thresholds: dict[str, float] = {}
     for task in clean:
         known = CalibrationSet(backbone, encoder, bank, limited, task.task, quiet=quiet)
-        table = known.tabulate(known.shared_candidates())
+        table = known.tabulate(known.shared_candidates()[::CANDIDATE_STEP])
         decision = calibrate(
             table.losses, table.costs, table.full_cost, method="ltt", epsilon=epsilon, delta=delta
         )  # fmt: skip

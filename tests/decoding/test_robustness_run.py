@@ -35,12 +35,14 @@ SHARED = ("quality", "quality_full", "agreement", "mean_blocks", "n")
 
 @pytest.fixture(scope="module")
 def lively() -> Blip2Backbone:
-    """Four blocks that say different things."""
+    """Four blocks that say different things, and with confidence."""
     model = new_model(width=32, n_blocks=4, n_heads=2)
     for name, parameter in model.language_model.named_parameters():
         if "layers." in name and parameter.ndim == 2:
             parameter.data.mul_(12.0)
-    return Blip2Backbone(model.eval().requires_grad_(False))
+    backbone = Blip2Backbone(model.eval().requires_grad_(False))
+    backbone.shared_modules()[0].weight.data.mul_(30.0)
+    return backbone
 
 
 @pytest.fixture(scope="module")
