@@ -321,6 +321,18 @@ def test_a_directory_without_a_run_is_told_in_one_line(tmp_path: Path) -> None:
         assert "Traceback" not in finished.stderr
 
 
+def test_complete_measures_nothing_again_and_the_launcher_writes_where_it_is_told(
+    full_run: Path, tmp_path: Path
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in full_run.rglob("*.json*")}
+    command = [sys.executable, "launch/report.py", str(full_run), "--complete", "--out", str(tmp_path / "out")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    names = ("report.html", "report.md", "report_plots")
+    assert finished.stdout.splitlines() == [str(tmp_path / "out" / name) for name in names]
+    assert {path: path.stat().st_mtime_ns for path in full_run.rglob("*.json*")} == before
+
+
 def test_cells_are_short_and_say_when_there_is_nothing() -> None:
     assert [number(value) for value in (None, float("nan"), 1234567, 0.12345, "a")] == [
         "-",
