@@ -159,6 +159,7 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
     return finished
 
 
+@pytest.mark.slow
 def test_a_real_run_is_evaluated_spoilt_and_reported(
     lively, exits, tiny_encoder, recipe, tiny_root, tmp_path: Path
 ) -> None:
