@@ -75,7 +75,8 @@ ROBUSTNESS_LEGEND = (
 COSTS_LEGEND = (
     "vision is timed inside the answer; prompt (blocks at the first token), blocks, checks (exit transformers and "
     "their heads), heads and bookkeeping are counted from the exits that the tokens took and the pieces' own measured "
-    'times. The diamond, and the column "measured", is the time measured end to end, without a clock inside.'
+    'times. The diamond, and the column "measured", is the time measured end to end, without a clock inside, '
+    "earlier in the same run: on a busy machine the two differ."
 )
 
 
@@ -251,7 +252,6 @@ class RunSections:
         return [Pictures(pictures=tuple(figures.comparison_figures(rows))), tables.comparison_table(rows)]
 
     def _placement(self, content: Mapping[str, Any]) -> list[Block]:
-        entries = {name: content[name] for name in ("predicted", "measured")} | dict(content["baselines"])
         budget, seconds = content.get("budget"), content.get("search_seconds")
         if isinstance(budget, Mapping):
             budget = ", ".join(f"{name} {number(value)}" for name, value in budget.items())
@@ -260,7 +260,7 @@ class RunSections:
         return [
             Text(text=facts),
             Pictures(pictures=tuple(figures.placement_figures(content))),
-            tables.placement_table("all tasks", entries),
+            tables.placement_table("all tasks", content),
             *(tables.placement_table(task, own) for task, own in content.get("tasks", {}).items()),
             *([Text(text=str(content["note"]))] if content.get("note") else []),
         ]
@@ -284,7 +284,7 @@ class RunSections:
         found = self.run.probes()
         if not found:
             return section
-        listed = [tables.depth_table(task, one) for task, one in found.items()]
+        listed = [tables.depth_table(task, one, self.labels) for task, one in found.items()]
         text = Text(
             text=f"Printed by the evaluation itself ({PROBES}; no intervals, the end-of-answer token left out):"
         )

@@ -95,8 +95,10 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     )
 
 
-def placement_table(caption: str, entries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Placements by name."""
+def placement_table(caption: str, content: Mapping[str, Any]) -> Table:
+    """The chosen placement, as predicted and as measured, and the baselines."""
+    entries = {name: content[name] for name in ("predicted", "measured") if name in content}
+    entries |= content.get("baselines", {})
     return Table(
         caption=caption,
         headings=(
@@ -121,7 +123,7 @@ def placement_table(caption: str, entries: Mapping[str, Mapping[str, Any]]) -> T
     )
 
 
-def depth_table(task: str, found: Mapping[str, Any]) -> Table:
+def depth_table(task: str, found: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> Table:
     """Accuracy after every block, a line per curve."""
     blocks = sorted({int(k) for points in found["curves"].values() for k in points})
     bounded = any("interval" in point for points in found["curves"].values() for point in points.values())
@@ -130,7 +132,8 @@ def depth_table(task: str, found: Mapping[str, Any]) -> Table:
         caption=f"{task}: {found['tokens']:,} answer tokens, token accuracy by block{bounds}",
         headings=("curve", *map(str, blocks)),
         rows=tuple(
-            (name, *(_point(points.get(str(k))) for k in blocks)) for name, points in found["curves"].items()
+            ((labels or {}).get(name, name), *(_point(points.get(str(k))) for k in blocks))
+            for name, points in found["curves"].items()
         ),
     )  # fmt: skip
 

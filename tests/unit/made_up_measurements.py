@@ -77,11 +77,13 @@ def placement(seed: int = 1) -> dict[str, Any]:
 
     sets = [sorted(rng.sample(range(1, 16), 3)) for _ in range(20)]
     baselines = {"uniform": entry([4, 8, 12]), "authors": entry([2, 4, 7])}
+    by_task = {"vqa": [0.625, 1.1], "caption": [0.5, 0.5]}
     return {
         **ABOUT,
         "command": "python launch/place_exits.py runs/made_up",
+        "tasks": {"vqa": {"predicted": entry([3, 6]), "baselines": {"uniform": entry([4, 8])}}},
         "predicted": entry([2, 5]),
-        "measured": entry([2, 5]),
+        "measured": entry([2, 5]) | {"thresholds": by_task},
         "baselines": baselines | {f"random {i}": entry(layers) for i, layers in enumerate(sets)},
         "budget": {"exits": 3, "parameters": 800_000},
         "search_seconds": 12.5,
