@@ -108,10 +108,10 @@ def robustness_claims(content: Mapping[str, Any], labels: Mapping[str, str]) -> 
         live = [row for row in own if row["threshold"] < 1]
         if own:
             held = sum(row["got"] <= row["wanted"] for row in live)
-            found.append(
-                f"thresholds chosen on the calibration split keep their promise {name} in {held} of {len(live)} cases; in "
-                f"{len(own) - len(live)} more no threshold could be certified, and the exit stays off."
-            )
+            off = len(own) - len(live)
+            more = f"; in {off} more no threshold could be certified, and the exit stays off" if off else ""
+            kept = f"keep their promise {name} in {held} of {len(live)} cases"
+            found.append(f"thresholds chosen on the calibration split {kept}{more}.")
     if content["ece"]:
         worst = max(content["ece"], key=lambda row: row["ece"])
         found.append(
