@@ -1,4 +1,5 @@
 # make quickstart   environment, data, training, evaluation: the whole path on the embedded model
+# make report       everything there is to measure on the embedded model, from a fresh quickstart on, as runs/quickstart/report.html
 # make test         lint, types and tests; what .ci/run calls
 # make lavis-env    .venv-lavis: the real salesforce-lavis, against which tests/parity then checks the importer live (1.7 GB)
 # make slurm-env    Debian's Slurm, with which tests/slurm starts clusters of its own; needs root
@@ -25,13 +26,16 @@ LAVIS_VENV := .venv-lavis
 LAVIS_PINS := tests/parity/requirements-lavis.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format lavis-env slurm-env smollm2 clean
+.PHONY: help quickstart report test lint format lavis-env slurm-env smollm2 clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 quickstart: $(INSTALLED)
 	$(BIN)/python launch/quickstart.py
+
+report: $(INSTALLED)
+	$(BIN)/python launch/report.py runs/quickstart --complete
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -85,7 +85,8 @@ def run(recipe: Recipe, ds_config: Path, num_processes: int) -> None:
                 f"threshold {best.threshold:g}, n={best.n})"
             )
     print("Each threshold was chosen on the samples it is reported on; brackets are 95% intervals.")
-    print(f"\nresults       {results}\nreport        {root / 'report.md'}")
+    print(f"\nresults       {results}\nreport        {root / 'report.html'}, {root / 'report.md'}")
+    print(f"              to fill its other sections: python launch/report.py {root} --complete")
     for picture in sorted(root.glob("*.png")):
         print(f"plot          {picture}")
     print(f"TensorBoard   {Path(sys.executable).parent / 'tensorboard'} --logdir {root}")

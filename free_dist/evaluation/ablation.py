@@ -46,6 +46,12 @@ class AblationRow:
         """Every field by name."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> AblationRow:
+        """Inverse of :meth:`to_json`; raises TypeError for other fields."""
+        pairs = {name: raw[name] and tuple(raw[name]) for name in ("accuracy", "interval", "difference_interval")}
+        return cls(**{**raw, **pairs})
+
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95% interval of the mean of independent values (Student's t); None for a single one.

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -58,12 +59,32 @@ def read_log(path: Path) -> RunLog:
     return RunLog(curves=curves, events=events)
 
 
-def training_curves(log: RunLog) -> Figure:
-    """One panel per group of numbers, a line per number; events are dashed lines in every panel, named in the title."""
+def panels_of(log: RunLog) -> dict[str, dict[str, Sequence[tuple[int, float]]]]:
+    """Group -> name in it -> points."""
     groups: dict[str, dict[str, Sequence[tuple[int, float]]]] = {}
     for name, points in sorted(log.curves.items()):
         group, _, label = name.partition("/")
         groups.setdefault(group, {})[label or group] = points
+    return groups
+
+
+def draw_panel(
+    axes: Any, group: str, lines: Mapping[str, Sequence[tuple[int, float]]], events: Sequence[tuple[int, str, str]]
+) -> None:
+    """A line per number of one group; events are dashed lines."""
+    for label, points in lines.items():
+        known = [(step, value) for step, value in points if isfinite(value)]
+        axes.plot([step for step, _ in known], [value for _, value in known], label=label, linewidth=1)
+    for step, _, _ in events:
+        axes.axvline(step, color="#b00020", linewidth=0.6, linestyle="--")
+    axes.set_title(group, fontsize=9)
+    axes.grid(True, linewidth=0.3, alpha=0.5)
+    axes.legend(fontsize=6)
+
+
+def training_curves(log: RunLog) -> Figure:
+    """One panel per group of numbers, a line per number; events are dashed lines in every panel, named in the title."""
+    groups = panels_of(log)
     rows = -(-max(1, len(groups)) // COLUMNS)
     figure = Figure(figsize=(4.2 * COLUMNS, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
@@ -71,14 +92,7 @@ def training_curves(log: RunLog) -> Figure:
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
     for axes, (group, lines) in zip(panels, groups.items(), strict=False):
-        for label, points in lines.items():
-            known = [(step, value) for step, value in points if isfinite(value)]
-            axes.plot([step for step, _ in known], [value for _, value in known], label=label, linewidth=1)
-        for step, _, _ in log.events:
-            axes.axvline(step, color="#b00020", linewidth=0.6, linestyle="--")
-        axes.set_title(group, fontsize=9)
-        axes.grid(True, linewidth=0.3, alpha=0.5)
-        axes.legend(fontsize=6)
+        draw_panel(axes, group, lines, log.events)
     counts: dict[str, int] = {}
     for _, name, _ in log.events:
         counts[name] = counts.get(name, 0) + 1

@@ -1,0 +1,195 @@
+"""A run directory as the report finds it: its recipe, its exits, and what launchers measured, each file with the
+command that makes it.
+
+Reads JSON and says clearly what is wrong with it; does not know what is shown of it, nor models.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from free_dist.config import MissingFileError, Recipe, UserError
+from free_dist.recipe_io import load_recipe
+
+RECIPE = "recipe.yaml"
+LOG = "log.jsonl"
+EXPORT = "export"
+MANIFEST = "exits.json"
+PROBES = "probes.json"
+"""Accuracy per block that an evaluation found on the way."""
+METHODS = ("exits", "exits_ce")
+"""Training runs inside the directory of a quickstart, by the names they have in ``results.json``."""
+FORMAT = 1
+"""The ``format`` that measured files carry."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One launcher and the file by which one sees that it ran."""
+
+    name: str
+    """What it does, in words."""
+    file: str
+    """Name in the run directory."""
+    command: str
+    """What to type; ``{run}`` is the run directory."""
+    required: tuple[str, ...] = ()
+    """Keys at the file's top level."""
+
+
+STEPS = (
+    Step(name="training and evaluation", file="results.json", command="python launch/quickstart.py run_dir={run}"),
+    Step(
+        name="comparison with other methods",
+        file="comparison.json",
+        command="python launch/compare.py {run}/recipe.yaml",
+        required=("rows",),
+    ),
+    Step(
+        name="placement under a budget",
+        file="placement.json",
+        command="python launch/place_exits.py {run}",
+        required=("predicted", "measured", "baselines"),
+    ),
+    Step(
+        name="mid-crisis and overthinking",
+        file="mid_crisis.json",
+        command="python launch/probe_depth.py {run}",
+        required=("tasks",),
+    ),
+    Step(
+        name="robustness, exit traces and cost breakdown",
+        file="robustness.json",
+        command="python launch/robustness.py {run}",
+        required=("corruptions", "transfer", "ece", "length"),
+    ),
+    Step(
+        name="ablations", file="ablation/ablation.json", command="python launch/ablate.py run_dir={run}/ablation"
+    ),
+)  # fmt: skip
+"""Everything that is measured, in the order in which it is made."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDirectory:
+    """The directory of a quickstart, of one training run or of an evaluation."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """Raises MissingFileError where there is no directory, UserError where it holds nothing of a run."""
+        path = Path(path)
+        if not path.is_dir():
+            raise MissingFileError(f"{path}: no such directory; give the directory of a run, such as runs/quickstart")
+        known = [RECIPE, *(f"{method}/{RECIPE}" for method in METHODS), *(step.file for step in STEPS)]
+        if not any((path / name).is_file() for name in known):
+            raise UserError(
+                f"{path} holds neither {RECIPE} nor anything measured: give the directory of a run, such as runs/quickstart"
+            )
+        return cls(path=path)
+
+    def recipe(self, overrides: Sequence[str] = ()) -> Recipe:
+        """The run's recipe with ``overrides``, its ``run_dir`` this directory; raises MissingFileError where it has
+        none."""
+        files = [self.path / RECIPE, *(self.path / method / RECIPE for method in METHODS)]
+        found = next((file for file in files if file.is_file()), None)
+        if found is None:
+            raise MissingFileError(f"{self.path} has no {RECIPE}: give the directory of a run, such as runs/quickstart")
+        return replace(load_recipe(found, overrides), run_dir=str(self.path))
+
+    def exports(self) -> dict[str, Path]:
+        """Method -> export of trained exits; raises MissingFileError where there is none."""
+        found = {method: self.path / method / EXPORT for method in METHODS}
+        found = {method: path for method, path in found.items() if (path / MANIFEST).is_file()}
+        if (self.path / EXPORT / MANIFEST).is_file():
+            found = {"exits": self.path / EXPORT} | found
+        if not found:
+            raise MissingFileError(
+                f"{self.path} has no trained exits ({EXPORT}/{MANIFEST}, or that below {' or '.join(METHODS)}): train some, or "
+                "give an export with --exits"
+            )
+        return found
+
+    def logs(self) -> dict[str, Path]:
+        """Name of a training run -> its log."""
+        own = {self.path.name: self.path / LOG} | {method: self.path / method / LOG for method in METHODS}
+        return {name: path for name, path in own.items() if path.is_file()}
+
+    def manifests(self) -> dict[str, dict[str, Any]]:
+        """Method -> ``exits.json``; empty without exits."""
+        try:
+            exports = self.exports()
+        except MissingFileError:
+            return {}
+        return {method: dict(_json_object(path / MANIFEST)) for method, path in exports.items()}
+
+    def command(self, step: Step) -> str:
+        """What to type to do a step for this run.
+
+        A training run of its own (its exits lie in ``export``) is evaluated; any other directory is a quickstart's.
+        """
+        name = shlex.quote(str(self.path))
+        if step is STEPS[0] and (self.path / EXPORT / MANIFEST).is_file():
+            return f"python launch/evaluate.py --exits {name}/{EXPORT} --config {name}/{RECIPE} run_dir={name}"
+        return step.command.replace("{run}", name)
+
+    def measured(self, file: str) -> dict[str, Any] | None:
+        """What a step wrote, None if it did not; a list at the top level becomes ``rows``.
+
+        Raises UserError naming the file for one that is no JSON, of another format, or lacks what it must have.
+        """
+        step = next(step for step in STEPS if step.file == file)
+        path = self.path / file
+        if file.startswith("ablation/") and not path.is_file():
+            beside = [self.path / "ablation.json", self.path.parent / file]
+            path = next((other for other in beside if other.is_file()), path)
+        if not path.is_file():
+            return None
+        again = f"make it again: {self.command(step)}"
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is no JSON ({error}); {again}") from error
+        if isinstance(content, list):
+            content = {"rows": content}
+        if not isinstance(content, dict) or content.get("format", FORMAT) != FORMAT:
+            raise UserError(f"{path} is not of format {FORMAT}; {again}")
+        missing = [key for key in step.required if key not in content]
+        if missing:
+            raise UserError(f"{path} lacks {missing[0]!r}; {again}")
+        return content
+
+    def probes(self) -> dict[str, dict[str, Any]]:
+        """Task -> its tokens and curves, as ``mid_crisis.json`` has them; empty where no evaluation left any."""
+        path = self.path / PROBES
+        if not path.is_file():
+            return {}
+        try:
+            return {
+                one["task"]: {
+                    "tokens": one["tokens"],
+                    "curves": {
+                        name: {k: {"accuracy": value} for k, value in curve["accuracy"].items()}
+                        for name, curve in one["curves"].items()
+                    },
+                }
+                for one in json.loads(path.read_text())
+            }
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} holds no probes ({error}): evaluate the run again") from error
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return content
