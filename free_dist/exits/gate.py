@@ -92,7 +92,7 @@ class OwnHeads(nn.Module):
     def __init__(self, bank: ExitBank) -> None:
         """Of a bank that ``has_own_heads``."""
         super().__init__()
-        self.heads = nn.ModuleList(exit_transformer.head for exit_transformer in bank.transformers)  # type: ignore[misc]
+        self.heads = nn.ModuleList(exit_transformer.own_head for exit_transformer in bank.transformers)  # type: ignore[misc]
 
     def forward(self, exit_index: int, features: Tensor) -> Scores:
         """Normed features of one exit [R, D] -> logits [R, V] of its head."""

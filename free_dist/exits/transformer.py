@@ -98,7 +98,7 @@ class ExitBank(nn.Module):
     @property
     def has_own_heads(self) -> bool:
         """Whether exits read their features with heads of their own, which are then trained too."""
-        return any(exit_transformer.head is not None for exit_transformer in self.transformers)
+        return any(exit_transformer.own_head is not None for exit_transformer in self.transformers)
 
     def logits(self, features: Tensor) -> Tensor:
         """The full model's normed features [..., D] -> logits [..., V] of the frozen head."""
@@ -112,7 +112,7 @@ class ExitBank(nn.Module):
 
     def logits_of(self, exit_index: int, features: Tensor) -> Tensor:
         """Normed features of one exit [..., D] -> logits [..., V] of the head that reads them."""
-        head = self.transformers[exit_index].head
+        head = self.transformers[exit_index].own_head
         return self.lm_head(features) if head is None else head(features)  # type: ignore[operator]
 
     def trainable_state_dict(self) -> dict[str, Tensor]:

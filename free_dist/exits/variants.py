@@ -70,8 +70,11 @@ class ExitTransformer(nn.Module, ABC):
 
     is_block = True
     """Whether a call costs about what a block does; counts of blocks add such calls."""
-    head: nn.Module | None = None
-    """A vocabulary head of this exit's own, normed features [..., D] -> logits [..., V]; None: the backbone's."""
+
+    @property
+    def own_head(self) -> nn.Module | None:
+        """A vocabulary head of this exit's own, normed features [..., D] -> logits [..., V]; None: the backbone's."""
+        return None
 
     @abstractmethod
     def forward(
@@ -214,6 +217,11 @@ class ClassifierExit(LensExit):
         """``lm_head`` is copied, and left as it is."""
         super().__init__()
         self.head = copy.deepcopy(lm_head).requires_grad_(True)
+
+    @property
+    def own_head(self) -> nn.Module:
+        """The head that is trained."""
+        return self.head
 
 
 def new_exit_transformer(
