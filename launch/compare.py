@@ -30,7 +30,14 @@ from free_dist.recipe_io import (
     load_recipe,
     positive_integer,
 )
-from free_dist.training.runs import EXPORT, add_launch_arguments, is_finished, train_once, training_seconds
+from free_dist.training.runs import (
+    EXPORT,
+    EXPORT_MANIFEST,
+    add_launch_arguments,
+    is_finished,
+    train_once,
+    training_seconds,
+)
 
 LAUNCH = Path(__file__).resolve().parent
 PARTS = "comparison_parts"
@@ -50,6 +57,10 @@ def main() -> None:
     parser.add_argument(
         "--reuse", type=Path, action="append", metavar="DIR",
         help="directory of runs that are taken where they learnt the same; may be given again; default: runs/quickstart",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exits", action="append", default=[], metavar="TRAINING=DIR",
+        help=f"an export that is taken as it is for one of {', '.join(VARIANTS)}, whatever it was trained with",
     )  # fmt: skip
     parser.add_argument(
         "--min-quality", type=float, default=0.99, metavar="SHARE",
@@ -81,8 +92,9 @@ def run(recipe: Recipe, arguments: argparse.Namespace, command: str) -> Path:
         from free_dist.data import easyvqa
 
         easyvqa.prepare(Path(recipe.data.root))
+    given = _given_exits(arguments.exits)
     reuse = arguments.reuse or [Path("runs/quickstart")]
-    exports = trained_exits(recipe, arguments.ds_config, arguments.num_gpus, reuse)
+    exports = trained_exits(recipe, arguments.ds_config, arguments.num_gpus, reuse, given)
     costs = training_costs(recipe, arguments.ds_config, exports)
 
     import torch
@@ -144,8 +156,10 @@ def run(recipe: Recipe, arguments: argparse.Namespace, command: str) -> Path:
     return path
 
 
-def trained_exits(recipe: Recipe, ds_config: Path, num_processes: int, reuse: list[Path]) -> dict[str, Path]:
-    """Training -> its export: a finished run that learnt the same, or one that is made now."""
+def trained_exits(
+    recipe: Recipe, ds_config: Path, num_processes: int, reuse: list[Path], given: dict[str, Path]
+) -> dict[str, Path]:
+    """Training -> its export: what was ``given``, a finished run that learnt the same, or one that is made now."""
     from free_dist.backbones.embedded import resolve_backbone
 
     backbone = resolve_backbone(recipe.backbone.path)
@@ -156,6 +170,9 @@ def trained_exits(recipe: Recipe, ds_config: Path, num_processes: int, reuse: li
             run_dir=str(Path(recipe.run_dir) / name),
             **{section: replace(getattr(recipe, section), **fields) for section, fields in changes.items()},
         )
+        if name in given:
+            exports[name] = given[name]
+            continue
         _check_adversarial(name, part)
         elsewhere = [Path(part.run_dir), *(path for root in reuse for path in sorted(root.glob("*/")))]
         same = (
@@ -223,6 +240,19 @@ def training_costs(recipe: Recipe, ds_config: Path, exports: dict[str, Path]) ->
             "training_flops_per_sample": total / sum(tasks.values()),
         }
     return costs
+
+
+def _given_exits(texts: list[str]) -> dict[str, Path]:
+    """``ce=DIR`` -> {"ce": DIR}; raises UserError."""
+    found = {}
+    for text in texts:
+        name, _, directory = text.partition("=")
+        if name not in VARIANTS or not directory:
+            raise UserError(f"--exits {text}: want TRAINING=DIR with one of {', '.join(VARIANTS)}")
+        if not (Path(directory) / EXPORT_MANIFEST).is_file():
+            raise MissingFileError(f"--exits {text}: no {EXPORT_MANIFEST} there: give the export directory of a run")
+        found[name] = Path(directory)
+    return found
 
 
 def _check_adversarial(name: str, part: Recipe) -> None:
