@@ -20,7 +20,7 @@ Shape letters: K exits of a bank, L blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -133,7 +133,7 @@ def method_arm(backbone: Backbone, method: Method, setting: Setting, *, max_new_
 class Contest:
     """All methods of a comparison."""
 
-    methods: tuple[Method, ...] = field(default=())
+    methods: tuple[Method, ...]
 
     def __iter__(self) -> Iterator[Method]:
         return iter(self.methods)
