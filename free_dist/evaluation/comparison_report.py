@@ -78,7 +78,7 @@ def verdict(rows: Sequence[dict[str, Any]], min_quality: float) -> list[str]:
     even = [row["label"] for row in chosen if row["label"] not in (*behind, *ahead)]
     for names, what in ((behind, "faster than"), (ahead, "slower than"), (even, "not to be told apart from")):
         if names:
-            said.append(f"Ours is {what} (paired, 95%): {', '.join(names)}.")
+            said.append(f"Ours is {what} (paired, 95%): {'; '.join(names)}.")
     return said
 
 
