@@ -180,13 +180,19 @@ def test_the_report_says_who_wins_from_the_rows_alone(measured) -> None:
     text = markdown(content)
     assert all(row["label"] in text for row in table) and "## Sweep" in text
     ours = next(row for row in table if row["method"] == OURS and row["chosen"])
-    better = dict(ours) | {"quality": ours["quality_full"], "ours_over_this_interval": [1.2, 1.4]}
+    better = dict(ours) | {
+        "quality": ours["quality_full"], "calibration_quality_ratio": 1.0, "ours_over_this_interval": [1.2, 1.4]
+    }  # fmt: skip
     other = better | {"method": "ce", "label": "CE", "speed": ours["speed"] + 1, "ours_over_this_interval": [0.5, 0.9]}
     said = verdict([better, other], 0.99)
-    assert said[0].startswith("Fastest with at least 99% of the quality on these samples: CE")
+    assert said[0].startswith("Fastest operating point with at least 99% of the quality, here and on calibration: CE")
     assert said[-1] == "Ours is slower than (paired, 95%): CE."
     lost = [row | {"quality": row["quality_full"] - 1} for row in (better, other)]
-    assert verdict(lost, 0.99)[0] == "No method keeps 99% of the quality on these samples."
+    none = "No method keeps 99% of the quality, here and on calibration."
+    assert verdict(lost, 0.99)[0] == none
+    # Good on these samples alone, or shown without having been chosen: luck is no win.
+    lucky = [row | {"calibration_quality_ratio": ratio} for row, ratio in ((better, 0.9), (other, None))]
+    assert verdict(lucky, 0.99)[0] == none
 
 
 def test_a_setting_is_told_with_its_layers() -> None:
