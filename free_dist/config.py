@@ -20,8 +20,8 @@ TASKS = ("vqa", "caption", "dialogue")
 POLICY_NAMES = ("max_prob", "entropy", "margin", "patience")
 """Names of the exit policies (``free_dist.decoding.policy``)."""
 
-EXIT_VARIANTS = ("full", "lora", "bottleneck")
-"""Kinds of exit transformers (``free_dist.exits.variants``)."""
+EXIT_VARIANTS = ("full", "lora", "bottleneck", "classifier")
+"""Kinds of trained exits (``free_dist.exits.variants``)."""
 
 EXIT_HEADS = ("full", "pruned", "low_rank")
 """Ways of reading an exit feature (``free_dist.exits.gate``)."""
@@ -137,9 +137,10 @@ class ExitsConfig:
     exit_layers: list[int] = field(default_factory=lambda: [2, 4, 7])
     """``k`` means an exit after block ``k``; 1-based, strictly increasing, at most the number of blocks."""
     variant: str = "full"
-    """``full``: a trainable block; ``lora``: low-rank updates of a frozen one; ``bottleneck``: a small map without attention."""
+    """``full``: a trainable block; ``lora``: low-rank updates of a frozen one; ``bottleneck``: a small map without attention;
+    ``classifier``: no exit transformer but a vocabulary head of its own, the usual baseline."""
     init: str = "next"
-    """Block an exit starts from: ``same`` (block k), ``next`` (block k+1) or ``last`` (block L); a bottleneck uses none."""
+    """Block an exit starts from: ``same`` (block k), ``next`` (block k+1) or ``last`` (block L); ``full`` and ``lora`` alone."""
     rank: int = 16
     """Rank of the updates of ``lora``."""
     bottleneck_size: int | None = None

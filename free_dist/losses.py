@@ -37,33 +37,34 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def cross_entropy_loss(bank: ExitBank, features: Tensor, targets: Tensor, *, parts: int | None = None) -> Tensor:
-    """CE(head(h_k), y): features [K, N, D], targets [N] -> [K].
+    """CE(head(h_k), y): features [K, N, D], targets [N] -> [K]; the head is the frozen one, or the exit's own.
 
     ``parts``: the head reads the positions in so many parts, one after the other; None: :func:`head_parts` of them.
     """
 
     def summed(part: Tensor, wanted: Tensor) -> Tensor:
-        logits = wide(bank.logits(part)).flatten(0, 1)  # [K * n, V]: rows of a softmax must be contiguous to be fast
+        # [K * n, V]: rows of a softmax must be contiguous to be fast.
+        logits = wide(bank.exit_logits(part)).flatten(0, 1)
         losses = F.cross_entropy(logits, wanted.repeat(len(part)), reduction="none")
         return losses.view(part.shape[:2]).sum(-1)
 
-    return _summed_over_parts(summed, features, targets, parts) / targets.shape[0]
+    return _summed_over_parts(summed, bank, features, targets, parts) / targets.shape[0]
 
 
 def distillation_loss(
     bank: ExitBank, features: Tensor, final: Tensor, temperature: float = 1.0, *, parts: int | None = None
 ) -> Tensor:
-    """T^2 KL(p_L || p_k) (eq. 3), p from the frozen head at temperature T: features [K, N, D], final [N, D] -> [K].
+    """T^2 KL(p_L || p_k) (eq. 3), p_L from the frozen head at temperature T: features [K, N, D], final [N, D] -> [K].
 
-    ``parts``: as in :func:`cross_entropy_loss`.
+    Head and ``parts``: as in :func:`cross_entropy_loss`.
     """
 
     def summed(part: Tensor, teacher: Tensor) -> Tensor:
         target = F.log_softmax(wide(bank.logits(teacher)) / temperature, dim=-1)
-        student = F.log_softmax(wide(bank.logits(part)) / temperature, dim=-1)
+        student = F.log_softmax(wide(bank.exit_logits(part)) / temperature, dim=-1)
         return F.kl_div(student, target.expand_as(student), log_target=True, reduction="none").sum((1, 2))
 
-    return temperature**2 * _summed_over_parts(summed, features, final, parts) / final.shape[0]
+    return temperature**2 * _summed_over_parts(summed, bank, features, final, parts) / final.shape[0]
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -75,12 +76,13 @@ Summed = Callable[[Tensor, Tensor], Tensor]
 """(features [K, n, D], something of these n positions) -> losses summed over them, [K]."""
 
 
-def _summed_over_parts(summed: Summed, features: Tensor, other: Tensor, parts: int | None) -> Tensor:
+def _summed_over_parts(summed: Summed, bank: ExitBank, features: Tensor, other: Tensor, parts: int | None) -> Tensor:
     # Logits are the largest tensor of a step: those of one part are alive at a time.
     parts = head_parts(features.shape[0] * features.shape[1]) if parts is None else parts
     if parts == 1:
         return summed(features, other)
-    if torch.is_grad_enabled() and features.requires_grad:
+    # Heads that are trained need their part of the gradient too, so their logits are kept until the backward pass.
+    if torch.is_grad_enabled() and features.requires_grad and not bank.has_own_heads:
         total: Tensor = _InParts.apply(features, other, summed, parts)
         return total
     return torch.stack([summed(*pair) for pair in in_parts(features, other, parts)]).sum(0)

@@ -47,6 +47,12 @@ def check_recipe(recipe: Recipe) -> None:
     _check_alarms(recipe.alarms)
     _check_decoding_and_evaluation(recipe.decoding, recipe.evaluation)
     _check_finetune(recipe.finetune)
+    _require(
+        recipe.exits.variant != "classifier" or recipe.loss.adversarial_weight == 0,
+        "loss.adversarial_weight",
+        recipe.loss.adversarial_weight,
+        "exits.variant=classifier trains heads alone, so there is no feature to judge; set loss.adversarial_weight=0",
+    )
     # Features are of a vision network that exists and stays as it is, and of unmoved images.
     trained = {"vision", "all"} & set(recipe.finetune.train) or recipe.finetune.start == UNTRAINED_BACKBONE
     moved = recipe.finetune.augment_images or trained

@@ -29,6 +29,7 @@ from free_dist.decoding.result import GenerationResult, TokenRecord
 from free_dist.decoding.runners import StaticRunner
 from free_dist.decoding.sampling import Sampler
 from free_dist.decoding.speculation import DraftLength, accept_greedy, accept_sampled
+from free_dist.decoding.state_propagation import PropagatingCache
 from free_dist.decoding.static_cache import StaticPendingCache
 from free_dist.exits import ExitBank
 from free_dist.exits.gate import ExitChecks
@@ -52,6 +53,8 @@ class DecoderOptions:
     """Called with (row, token) for every final token, in order."""
     should_stop: Callable[[int, list[int]], bool] | None = None
     """Called with (row, its tokens so far) after every final token; true ends the row."""
+    state_propagation: bool = False
+    """Skipped blocks see the states that exited instead of their own (approximate)."""
 
 
 @dataclass(slots=True)
@@ -110,7 +113,8 @@ class Decoder:
         capacity = start.hidden.shape[1] + options.max_new_tokens - 1  # the last token is never read
         self._static: StaticPendingCache | None = None
         if runner is None:
-            self.cache = PendingCache(backbone, self._exits.exits, start, capacity)
+            kind = PropagatingCache if options.state_propagation else PendingCache
+            self.cache = kind(backbone, self._exits.exits, start, capacity)
         else:
             self.cache = self._static = runner.new_cache(self._exits.active, start, capacity, policy)
         self._fuses = runner is not None and runner.fuses(policy)

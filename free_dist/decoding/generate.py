@@ -25,7 +25,7 @@ from free_dist.decoding.result import Generation
 from free_dist.decoding.runners import StaticRunner
 from free_dist.decoding.sampling import Sampler
 from free_dist.exits import ExitBank
-from free_dist.exits.gate import ExitChecks, FullHead
+from free_dist.exits.gate import ExitChecks, full_head
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]]
 """[B, T] without padding, one row of ids, or B rows of any lengths."""
@@ -57,6 +57,7 @@ def generate(
     instruction: Instruction | None = None,
     prefix: Tensor | None = None,
     runner: StaticRunner | None = None,
+    state_propagation: bool = False,
 ) -> Generation:
     """Decode B images [B, 3, height, width] with B prompts, placeholders included; every row exits on its own.
 
@@ -72,7 +73,8 @@ def generate(
     each exiting on its own, and returns the best hypothesis with its score; ``length_penalty`` and ``early_stopping`` (True,
     False, "never") are transformers' and matter only then.  ``top_k`` has no limit unless one is given.
     A ``runner`` made for this backbone, bank and checks keeps memory and programs of fixed shapes from call to call; it does not
-    go with beams.
+    go with beams.  ``state_propagation`` fills the caches behind an exit from the state that left there, which is *not* what the
+    full model would have written: a baseline to compare with (``free_dist.decoding.state_propagation``).
 
     Raises UserError for unusable thresholds, sampling arguments, ``max_new_tokens`` below 1 or more positions than the
     backbone has; plain ValueError for shapes that do not fit, a missing threshold, exits that do not fit the backbone, or
@@ -92,6 +94,8 @@ def generate(
         raise UserError(f"max_new_tokens={max_new_tokens}: want at least 1")
     if max_draft_tokens < 1:
         raise UserError(f"max_draft_tokens={max_draft_tokens}: want at least 1")
+    if state_propagation and (lossless or num_beams != 1 or runner is not None):
+        raise UserError("state_propagation=True does not go with lossless, beams or a runner: those need exact caches")
     beams = None
     if eos_token_id is not None and not isinstance(eos_token_id, int):
         raise UserError(
@@ -149,6 +153,7 @@ def generate(
         sampler=sampler,
         on_token=None if streamer is None else on_token,
         should_stop=None if stopping_criteria is None else should_stop,
+        state_propagation=state_propagation,
     )
     if runner is not None:
         if runner.backbone is not backbone or runner.bank is not bank or checks not in (None, runner.checks):
@@ -157,7 +162,7 @@ def generate(
             raise UserError(f"num_beams={num_beams}: beams decode without a runner; leave it out, or set num_beams=1")
         checks = runner.checks
     if bank is not None and checks is None:
-        checks = ExitChecks(FullHead(bank.lm_head))
+        checks = ExitChecks(full_head(bank))
     if beams is not None:
         rows, calls = beam_search(backbone, bank, policy, checks, start, beams)
         return Generation(rows=rows, pad_token_id=backbone.layout.pad_token_id, calls=calls)
@@ -195,8 +200,8 @@ def _policy(backbone: Backbone, bank: ExitBank, thresholds: Thresholds | ExitPol
     # A fresh wrapper says "training" although its blocks do not: the blocks are what dropout listens to.
     if any(module.training for exit_transformer in bank.transformers for module in exit_transformer.children()):
         raise ValueError("the exits are in training mode, where dropout makes decoding random: call bank.eval()")
-    theirs, ours = next(bank.transformers.parameters()), next(backbone.block(1).parameters())
-    if theirs.dtype != ours.dtype or theirs.device != ours.device:
+    theirs, ours = next(bank.transformers.parameters(), None), next(backbone.block(1).parameters())
+    if theirs is not None and (theirs.dtype != ours.dtype or theirs.device != ours.device):
         raise ValueError(
             f"exits are {theirs.dtype} on {theirs.device}, the backbone's blocks {ours.dtype} on {ours.device}; "
             "convert one with .to()"

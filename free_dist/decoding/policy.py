@@ -219,6 +219,34 @@ class PatiencePolicy:
         return Decision(tokens, confidences, emit)
 
 
+class FixedDepthPolicy:
+    """Emit at one exit, always, whatever it says: a model cut off after that exit's block.
+
+    No softmax is computed; the confidence is 1.
+    """
+
+    def __init__(self, exit_index: int, n_exits: int) -> None:
+        """Raises UserError unless the bank has such an exit, 0-based."""
+        if not 0 <= exit_index < n_exits:
+            raise UserError(f"exit_index={exit_index}: with {n_exits} exits want 0 to {n_exits - 1}")
+        self._exit_index = exit_index
+
+    def is_active(self, exit_index: int) -> bool:
+        """Whether this is the exit."""
+        return exit_index == self._exit_index
+
+    def is_active_at(self, exit_index: int, position: int) -> bool:
+        """The same at every answer position."""
+        return exit_index == self._exit_index
+
+    def decide(
+        self, exit_index: int, scores: Scores, positions: Sequence[int], earlier: Sequence[Sequence[int]]
+    ) -> Decision:
+        """The most likely token of every row."""
+        tokens = _tokens(scores.logits.argmax(dim=-1), scores.ids)
+        return Decision(tokens, [1.0] * len(positions), [True] * len(positions))
+
+
 def make_policy(name: str, thresholds: Thresholds, n_exits: int, *, patience: int = 2) -> ExitPolicy:
     """The policy of that name (one of ``POLICY_NAMES``); ``patience`` is read by "patience" only.
 

@@ -24,7 +24,7 @@ from free_dist.decoding.frame import Frame, Model
 from free_dist.decoding.policy import ExitPolicy, MaxProbPolicy
 from free_dist.decoding.static_cache import StaticPendingCache
 from free_dist.exits import ExitBank, ExitTransformer
-from free_dist.exits.gate import ExitChecks, FullHead
+from free_dist.exits.gate import ExitChecks, full_head
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)
 """Positions of a call that has a program; longer calls, such as reading a prompt, run operator by operator.
@@ -59,7 +59,7 @@ class StaticRunner:
             raise UserError(f"lengths={list(lengths)}: want increasing numbers of positions, the first of them 1")
         self.backbone = backbone
         self.bank = bank
-        self.checks = ExitChecks(FullHead(bank.lm_head)) if checks is None and bank is not None else checks
+        self.checks = ExitChecks(full_head(bank)) if checks is None and bank is not None else checks
         self._execution = execution
         self._lengths = tuple(lengths)
         self._defers_reads = defers_reads

@@ -64,7 +64,7 @@ def count_exit(backbone: str, variant: ExitVariant, *, discriminator_hidden_size
     # Of two blocks the second is taken: T5's first owns the position bias of all.
     block = decoder.blocks[1]
     vocab_size, width = _linear(decoder.lm_head).weight.shape
-    exit_transformer = new_exit_transformer(variant, block, decoder.block_call, width)
+    exit_transformer = new_exit_transformer(variant, block, decoder.block_call, width, decoder.lm_head)
     with torch.device("meta"):
         discriminator = FeatureClassifiers(1, width, discriminator_hidden_size)
     return ExitCount(

@@ -97,7 +97,8 @@ def probe_batch(backbone: Backbone, banks: Mapping[str, ExitBank], batch: Batch)
     for name, bank in banks.items():
         taps = [features.exits[k - 1] for k in bank.exit_layers]
         exits = bank(taps, kept, memory=features.memory, span=features.span)
-        curves[name] = curve(bank.exit_layers, torch.stack([bank.logits(one).argmax(-1) for one in exits]))
+        predicted = [bank.logits_of(index, one).argmax(-1) for index, one in enumerate(exits)]
+        curves[name] = curve(bank.exit_layers, torch.stack(predicted))
     return Probe(task=batch.task, tokens=len(targets), curves=curves)
 
 

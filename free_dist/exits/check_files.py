@@ -26,7 +26,16 @@ from free_dist.backbones import Backbone
 from free_dist.config import ConfigError, MissingFileError
 from free_dist.exits.classifier import FeatureClassifiers
 from free_dist.exits.export import ExportError, read_exits_manifest
-from free_dist.exits.gate import CheckOptions, ExitChecks, FullHead, LowRankHead, PrunedHead, linear_head
+from free_dist.exits.gate import (
+    CheckOptions,
+    ExitChecks,
+    FullHead,
+    LowRankHead,
+    OwnHeads,
+    PrunedHead,
+    full_head,
+    linear_head,
+)
 from free_dist.exits.transformer import ExitBank
 
 FORMAT_VERSION = 1
@@ -194,7 +203,7 @@ def build_checks(bank: ExitBank, fitted: FittedChecks, options: CheckOptions) ->
 
     Raises ConfigError for options that go beyond what was fitted.
     """
-    head: FullHead | PrunedHead | LowRankHead
+    head: FullHead | OwnHeads | PrunedHead | LowRankHead
     if options.head == "pruned":
         size = fitted.pruned_size if options.pruned_size is None else options.pruned_size
         if size > len(fitted.token_order):
@@ -206,7 +215,7 @@ def build_checks(bank: ExitBank, fitted: FittedChecks, options: CheckOptions) ->
             raise ConfigError(f"rank={rank}: factors of rank {len(fitted.down)} were fitted; fit again with more")
         head = LowRankHead(linear_head(bank), fitted.down[:rank], fitted.lift[:, :rank], options.rescored)
     else:
-        head = FullHead(bank.lm_head)
+        head = full_head(bank)
 
     device = next(bank.transformers.parameters()).device
 

@@ -32,6 +32,7 @@ from free_dist.exits.manifest import (
     read_exits_manifest,
 )
 from free_dist.exits.transformer import ExitBank
+from free_dist.exits.variants import LENS
 
 __all__ = ["MANIFEST", "WEIGHTS", "ExportError", "backbone_hash", "load_exits", "read_exits_manifest", "save_exits"]
 
@@ -72,6 +73,8 @@ def save_exits(
     known = facts.hash if facts is not None else backbone_hash
     if known is None:
         raise ValueError("give the backbone that the exits belong to, or its hash")
+    if bank.variant.name == LENS:
+        raise ValueError("exits of the logit lens have no weights to export: build them anew, with variant='lens'")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in bank.trainable_state_dict().items()}
     weights = save(tensors)
     manifest = ExitsManifest(

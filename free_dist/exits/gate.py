@@ -86,6 +86,19 @@ class FullHead(nn.Module):
         return Scores(self.lm_head(features), None)
 
 
+class OwnHeads(nn.Module):
+    """The heads of exits that have one each, by reference."""
+
+    def __init__(self, bank: ExitBank) -> None:
+        """Of a bank that ``has_own_heads``."""
+        super().__init__()
+        self.heads = nn.ModuleList(exit_transformer.own_head for exit_transformer in bank.transformers)  # type: ignore[misc]
+
+    def forward(self, exit_index: int, features: Tensor) -> Scores:
+        """Normed features of one exit [R, D] -> logits [R, V] of its head."""
+        return Scores(self.heads[exit_index](features), None)
+
+
 class PrunedHead(nn.Module):
     """Chosen rows of the frozen head, copied so that they lie side by side in memory.
 
@@ -158,7 +171,7 @@ class ExitChecks(nn.Module):
 
     def __init__(
         self,
-        head: FullHead | PrunedHead | LowRankHead,
+        head: FullHead | OwnHeads | PrunedHead | LowRankHead,
         *,
         gates: FeatureClassifiers | None = None,
         gate_thresholds: Sequence[float] = (),
@@ -189,9 +202,8 @@ class ExitChecks(nn.Module):
         return logits > self._discriminator_logits[exit_index]
 
     def scores(self, exit_index: int, features: Tensor) -> Scores:
-        """Normed exit features [R, D] -> logits [R, M]; all exits share one head."""
-        del exit_index
-        return self.head(features)
+        """Normed features of one exit [R, D] -> logits [R, M]; exits share one head unless each has its own."""
+        return self.head(exit_index, features) if isinstance(self.head, OwnHeads) else self.head(features)
 
     def costs(self, backbone: Backbone, exit_transformer: nn.Module) -> CheckCosts:
         """What each part reads, in blocks of ``backbone``; ``exit_transformer`` is one of those asked, which are alike."""
@@ -208,8 +220,11 @@ class ExitChecks(nn.Module):
         elif isinstance(head, LowRankHead):
             read = head.up.numel() + head.down.numel() + head.rescored * head.down.shape[1]
         else:
-            read = sum(parameter.numel() for parameter in head.parameters())
+            asked = head.heads[0] if isinstance(head, OwnHeads) else head
+            read = sum(parameter.numel() for parameter in asked.parameters())
         exit_read = sum(parameter.numel() for parameter in exit_transformer.parameters())
+        if isinstance(head, OwnHeads):
+            exit_read -= read  # it holds its head
         return CheckCosts(of_one_exit(self.gates), exit_read / block, of_one_exit(self.discriminators), read / block)
 
 
@@ -231,8 +246,15 @@ def discriminator_logits(classifiers: FeatureClassifiers, exit_index: int, featu
     return torch.addmm(classifiers.bias_out[exit_index], inner, classifiers.weight_out[exit_index]).squeeze(-1)
 
 
+def full_head(bank: ExitBank) -> FullHead | OwnHeads:
+    """What reads a bank's exits without anything left out: the frozen head, or the exits' own."""
+    return OwnHeads(bank) if bank.has_own_heads else FullHead(bank.lm_head)
+
+
 def linear_head(bank: ExitBank) -> nn.Linear:
     """The bank's head where it is one matrix; raises UserError for any other, of which only ``head=full`` can be made."""
+    if bank.has_own_heads:
+        raise UserError("head: these exits are classifiers with a head each; only head=full reads them")
     if not isinstance(bank.lm_head, nn.Linear):
         kind = type(bank.lm_head).__name__
         raise UserError(f"head: this backbone's head is a {kind}, not one matrix; only head=full reads it")

@@ -78,7 +78,7 @@ def _opening(manifest: ExitsManifest, notes: CardNotes) -> str:
         "The model itself is not in this repository, and it is not changed."
     )
     if not notes.license and _name(manifest) != EMBEDDED_BACKBONE and manifest.variant.name != "bottleneck":
-        text += " The exits began as copies of the model's own blocks, so its licence holds for them too."
+        text += " The exits began as copies of the model's own weights, so its licence holds for them too."
     return text
 
 
@@ -186,6 +186,8 @@ def _variant(manifest: ExitsManifest) -> str:
     variant = manifest.variant
     if variant.name == "lora":
         return f"low-rank update, rank {variant.rank}"
+    if variant.name == "classifier":
+        return "none, a vocabulary head of its own"
     return f"bottleneck of {variant.bottleneck_size}" if variant.name == "bottleneck" else "full block"
 
 

@@ -1,4 +1,4 @@
-"""The exits of a backbone: K exit transformers in front of the backbone's own frozen norm and head.
+"""The exits of a backbone: K exit transformers in front of the backbone's own frozen norm and head, or heads of their own.
 
 An exit after block k maps ``h_k`` to a feature that the frozen head can read (FREE, arXiv 2506.06884, section 3).  Does not
 know how exits are trained, when they fire, or what an exit transformer is made of (:mod:`free_dist.exits.variants`).
@@ -40,9 +40,9 @@ class ExitBank(nn.Module):
         init: str = "next",
         copy_frozen: bool = False,
     ) -> None:
-        """``variant``: a name of ``EXIT_VARIANTS`` with its default sizes, or with sizes of one's own.
+        """``variant``: a name of ``EXIT_VARIANTS``, or ``lens``, with its default sizes, or with sizes of one's own.
 
-        ``init`` names the block that an exit starts from: ``same``, ``next`` or ``last``; a bottleneck starts from none.
+        ``init`` names the block that an exit starts from: ``same``, ``next`` or ``last``; not every variant starts from one.
         """
         super().__init__()
         self.exit_layers = tuple(exit_layers)
@@ -51,6 +51,7 @@ class ExitBank(nn.Module):
         self.variant = variant.sized(backbone.hidden_size)
         """With every size written out."""
         check_exit_layers(self.exit_layers, backbone.n_blocks)
+        final_norm, lm_head = backbone.shared_modules()
         frozen: dict[int, nn.Module] = {}  # exits that start from one block share one copy of it
         transformers = []
         for k in self.exit_layers:
@@ -60,10 +61,11 @@ class ExitBank(nn.Module):
                 if source not in frozen:
                     frozen[source] = copy.deepcopy(block)
                 block = frozen[source]
-            transformers.append(new_exit_transformer(self.variant, block, backbone.block_call, backbone.hidden_size))
+            transformers.append(
+                new_exit_transformer(self.variant, block, backbone.block_call, backbone.hidden_size, lm_head)
+            )
         self.transformers = nn.ModuleList(transformers)
         self._trainable = {name for name, weight in self.transformers.named_parameters() if weight.requires_grad}
-        final_norm, lm_head = backbone.shared_modules()
         if copy_frozen:
             final_norm, lm_head = copy.deepcopy(final_norm), copy.deepcopy(lm_head)
         self.final_norm = final_norm.requires_grad_(False)
@@ -93,9 +95,25 @@ class ExitBank(nn.Module):
             states = [state[positions] for state in states]
         return self.final_norm(torch.stack(states))
 
+    @property
+    def has_own_heads(self) -> bool:
+        """Whether exits read their features with heads of their own, which are then trained too."""
+        return any(exit_transformer.own_head is not None for exit_transformer in self.transformers)
+
     def logits(self, features: Tensor) -> Tensor:
-        """Normed features [..., D] -> logits [..., V] of the frozen head."""
+        """The full model's normed features [..., D] -> logits [..., V] of the frozen head."""
         return self.lm_head(features)
+
+    def exit_logits(self, features: Tensor) -> Tensor:
+        """Normed features of all exits [K, ..., D] -> logits [K, ..., V] of the heads that read them."""
+        if not self.has_own_heads:
+            return self.lm_head(features)
+        return torch.stack([self.logits_of(index, own) for index, own in enumerate(features)])
+
+    def logits_of(self, exit_index: int, features: Tensor) -> Tensor:
+        """Normed features of one exit [..., D] -> logits [..., V] of the head that reads them."""
+        head = self.transformers[exit_index].own_head
+        return self.lm_head(features) if head is None else head(features)  # type: ignore[operator]
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """The weights that training changes, alone: of ``lora`` the updates, without the blocks they belong to."""

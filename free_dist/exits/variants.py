@@ -1,10 +1,12 @@
-"""What an exit transformer is made of: a full block, a low-rank update of a frozen block, or a bottleneck.
+"""What an exit is made of: a full block, a low-rank update of a frozen block, a bottleneck, or a head of its own.
 
 A full replica of a block is what FREE trains (arXiv 2506.06884, section 3).  It saves little against a trainable vocabulary
 head where blocks are as large as heads, and the two others are for that: ``lora`` adds a low-rank product to every linear map
 of a frozen block (LoRA, arXiv 2106.09685) that it shares with the backbone; ``bottleneck`` is a residual adapter
-(arXiv 1902.00751) without attention, so a check costs no block and keeps no keys and values.  Does not know where exits
-stand, how they are trained, or which architecture a block has.
+(arXiv 1902.00751) without attention, so a check costs no block and keeps no keys and values.  ``classifier`` is what the paper
+compares with, an independent exit classifier: the hidden state as it is, read by a trainable vocabulary head.  ``lens`` trains
+nothing: the backbone's own head on the hidden state, the logit lens.  Does not know where exits stand, how they are trained, or
+which architecture a block has.
 
 Shape letters: B batch, T positions, D model width, H bottleneck width, r rank.
 """
@@ -27,6 +29,9 @@ from free_dist.backbones.packed import PackedRows
 from free_dist.backbones.replica import replica
 from free_dist.config import EXIT_VARIANTS, ConfigError, ExitsConfig
 
+LENS = "lens"
+"""The variant without any weights: nothing to train, nothing to export."""
+
 WIDTH_TO_BOTTLENECK = 4
 """The model's width over a bottleneck's, where none is named."""
 
@@ -39,14 +44,14 @@ class ExitVariant:
     """Which kind of exit transformer, and its size; ``dataclasses.asdict`` gives JSON that builds it again."""
 
     name: str = "full"
-    """``full``, ``lora`` or ``bottleneck``."""
+    """One of ``EXIT_VARIANTS``, or ``lens``."""
     rank: int = 16
     """r of ``lora``."""
     bottleneck_size: int | None = None
     """H of ``bottleneck``; None: a quarter of the model's width."""
 
     def __post_init__(self) -> None:
-        if self.name not in EXIT_VARIANTS:
+        if self.name not in (*EXIT_VARIANTS, LENS):
             raise ConfigError(f"exits.variant={self.name!r}: want one of {', '.join(EXIT_VARIANTS)}")
 
     @classmethod
@@ -62,6 +67,14 @@ class ExitVariant:
 
 class ExitTransformer(nn.Module, ABC):
     """What an exit does to a hidden state before the backbone's norm and head; causal, with its own cache at inference."""
+
+    is_block = True
+    """Whether a call costs about what a block does; counts of blocks add such calls."""
+
+    @property
+    def own_head(self) -> nn.Module | None:
+        """A vocabulary head of this exit's own, normed features [..., D] -> logits [..., V]; None: the backbone's."""
+        return None
 
     @abstractmethod
     def forward(
@@ -154,6 +167,8 @@ class LowRankLinear(nn.Linear):
 class BottleneckExit(ExitTransformer):
     """``h + up(gelu(down(norm(h))))``: no attention, so it needs no cache, and positions never checked cost nothing."""
 
+    is_block = False
+
     def __init__(self, width: int, size: int, like: Tensor) -> None:
         """D and H; weights get the type and device of ``like``."""
         super().__init__()
@@ -172,19 +187,56 @@ class BottleneckExit(ExitTransformer):
         last_only: bool = False,
         memory: Memory | None = None,
     ) -> Tensor:
-        if last_only:
-            hidden = hidden.index_select(0, span.answers) if isinstance(span, PackedRows) else hidden[:, -1:]
+        hidden = _kept(hidden, span, last_only=last_only)
         # A residual stream may be wider than the weights it passes.
         normed = self.norm(hidden.to(self.norm.weight.dtype))
         return hidden + self.up(F.gelu(self.down(normed)))
 
 
-def new_exit_transformer(variant: ExitVariant, block: nn.Module, block_call: BlockCall, width: int) -> ExitTransformer:
-    """An untrained exit transformer of a model of width D that starts from ``block``, which is left as it is.
+class LensExit(ExitTransformer):
+    """The hidden state as it is: the frozen head reads it as it reads the last layer's (the logit lens)."""
 
-    ``lora`` shares the block's weights; ``bottleneck`` takes nothing from the block but type and device.  Weights that are to
-    be trained require gradients, all others do not.  Raises ConfigError for sizes that do not fit.
+    is_block = False
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cache: LayerCache | None = None,
+        span: Span | PackedRows | None = None,
+        *,
+        last_only: bool = False,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        return _kept(hidden, span, last_only=last_only)
+
+
+class ClassifierExit(LensExit):
+    """An independent exit classifier: the hidden state as it is, and a trainable head that starts as the backbone's."""
+
+    def __init__(self, lm_head: nn.Module) -> None:
+        """``lm_head`` is copied, and left as it is."""
+        super().__init__()
+        self.head = copy.deepcopy(lm_head).requires_grad_(True)
+
+    @property
+    def own_head(self) -> nn.Module:
+        """The head that is trained."""
+        return self.head
+
+
+def new_exit_transformer(
+    variant: ExitVariant, block: nn.Module, block_call: BlockCall, width: int, lm_head: nn.Module
+) -> ExitTransformer:
+    """An untrained exit of a model of width D that starts from ``block``, or from ``lm_head``; both are left as they are.
+
+    ``lora`` shares the block's weights; ``bottleneck`` takes nothing from the block but type and device; ``classifier`` copies
+    the head and ``lens`` takes nothing.  Weights that are to be trained require gradients, all others do not.  Raises ConfigError
+    for sizes that do not fit.
     """
+    if variant.name == LENS:
+        return LensExit()
+    if variant.name == "classifier":
+        return ClassifierExit(lm_head)
     if variant.name == "lora":
         return LoraExit(block, block_call, variant.rank)
     if variant.name == "bottleneck":
@@ -192,6 +244,13 @@ def new_exit_transformer(variant: ExitVariant, block: nn.Module, block_call: Blo
         assert size is not None
         return BottleneckExit(width, size, next(block.parameters()))
     return BlockExit(replica(block).requires_grad_(True), block_call)
+
+
+def _kept(hidden: Tensor, span: Span | PackedRows | None, *, last_only: bool) -> Tensor:
+    """The positions that are asked for, of an exit whose positions know nothing of each other; see ``BlockCall``."""
+    if not last_only:
+        return hidden
+    return hidden.index_select(0, span.answers) if isinstance(span, PackedRows) else hidden[:, -1:]
 
 
 def _low_rank_maps(block: nn.Module) -> list[LowRankLinear]:

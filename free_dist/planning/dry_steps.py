@@ -98,7 +98,8 @@ def dry_exits_step(
                 classifiers.requires_grad_(True)
         with run.part(HEADS), _released(bank.parameters()):
             # Where the gradient of the features is complete, the heads' part ends and the exits' own begins.
-            fake.register_hook(lambda _: run.enter(EXITS_BACKWARD))
+            if fake.requires_grad:  # of exit classifiers the heads are all that is trained
+                fake.register_hook(lambda _: run.enter(EXITS_BACKWARD))
             targets = torch.zeros(work.answers, dtype=torch.long, device=META)
             with torch.set_grad_enabled(loss.task_weight != 0):
                 if loss.mode == "supervised":

@@ -96,7 +96,8 @@ def _rows_of_batch(
     answers = batch.targets != IGNORE
     output = backbone(**batch.inputs(), exit_layers=bank.exit_layers)
     features = bank(output.exits, answers, memory=output.memory, span=output.span)  # [K, N, D]
-    read = [torch.softmax(bank.logits(one), dim=-1, dtype=torch.float32).max(-1) for one in features]
+    logits = (bank.logits_of(index, one) for index, one in enumerate(features))
+    read = [torch.softmax(one, dim=-1, dtype=torch.float32).max(-1) for one in logits]
     return CheckRows(
         hidden=torch.stack([tap[answers] for tap in output.exits]).float().cpu(),
         features=features.float().cpu(),

@@ -48,8 +48,8 @@ class ExitHealth:
         target = F.log_softmax(bank.logits(final).float(), dim=-1)  # [M, V]
         full_tokens = target.argmax(-1)  # [M]
         kl, confidence, tokens = [], [], []
-        for features in fake:  # one exit's logits at a time: they are the largest tensor
-            log_p = F.log_softmax(bank.logits(features).float(), dim=-1)
+        for index, features in enumerate(fake):  # one exit's logits at a time: they are the largest tensor
+            log_p = F.log_softmax(bank.logits_of(index, features).float(), dim=-1)
             kl.append((target.exp() * (target - log_p)).sum())
             best, token = log_p.max(-1)
             confidence.append(best.exp())

@@ -13,14 +13,16 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from free_dist.config import Recipe, UserError
 from free_dist.ds_config import read_ds_config
 from free_dist.launchers import free_port
 from free_dist.recipe_io import load_recipe, save_recipe
-from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE, check_same_run
+from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE, check_same_run, differing_fields
 
 EXPORT = "export"
 """Directory of the trained exits, below the run directory."""
@@ -31,6 +33,9 @@ BACKBONE_FILES = "backbone_files_sha256"
 EXPORT_MANIFEST = "exits.json"
 """File in an export that is written last."""
 
+
+PAUSE = 20.0
+"""An interval between logged steps that is so many times the usual one holds a pause."""
 
 SETTINGS = ("backbone", "data", "exits", "loss", "training")
 """Sections of a recipe that decide what stage 2 learns."""
@@ -84,11 +89,17 @@ def file_hash(directory: Path, pattern: str = "*.safetensors") -> str:
     return digest.hexdigest()
 
 
-def is_finished(recipe: Recipe, *, ds_config: Path, backbone: Path) -> bool:
-    """Whether the run directory holds a run to its last step with this recipe, distribution file and backbone."""
+def is_finished(recipe: Recipe, *, ds_config: Path, backbone: Path, learnt_alike: bool = False) -> bool:
+    """Whether the run directory holds a run to its last step with this recipe, distribution file and backbone.
+
+    ``learnt_alike``: the recipe there may differ in what is decoded and measured, but not in what decides what is learnt.
+    """
     run_dir = Path(recipe.run_dir)
     manifest, distribution = run_dir / EXPORT / EXPORT_MANIFEST, run_dir / DISTRIBUTION
-    if not (manifest.is_file() and distribution.is_file() and same_recipe(recipe, run_dir / RECIPE)):
+    if not (manifest.is_file() and distribution.is_file() and (run_dir / RECIPE).is_file()):
+        return False
+    there = load_recipe(run_dir / RECIPE)
+    if differing_fields(there, recipe, SETTINGS) if learnt_alike else there != recipe:
         return False
     extra = json.loads(manifest.read_text())["extra"]
     return (
@@ -158,6 +169,22 @@ def train_once(
     if code or not is_finished(recipe, ds_config=ds_config, backbone=backbone):
         raise UserError(f"training in {run_dir} ended with code {code}: see its messages above")
     return export, False
+
+
+def training_seconds(run_dir: Path) -> float | None:
+    """Seconds between the first and the last logged step of a run, over all steps; None where nothing was logged twice.
+
+    Starting is not in it.  A pause between a stop and its continuation counts as one usual interval.
+    """
+    log = run_dir / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    points = sorted({line["step"]: line["time"] for line in lines if "step" in line and "time" in line}.items())
+    paces = [(after[1] - before[1], after[0] - before[0]) for before, after in pairwise(points)]
+    if not paces:
+        return None
+    usual = median(seconds / steps for seconds, steps in paces)
+    counted = sum(seconds if seconds < PAUSE * usual * steps else usual * steps for seconds, steps in paces)
+    return counted * points[-1][0] / (points[-1][0] - points[0][0])
 
 
 def provenance() -> dict[str, str]:

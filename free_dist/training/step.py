@@ -168,7 +168,7 @@ def agreement_metrics(
     full model's own, scalar; ``cosine``: between exit and final feature, [K].
     """
     pieces = in_parts(fake, final, head_parts(fake.shape[0] * fake.shape[1]) if parts is None else parts)
-    predicted = [(bank.logits(part).argmax(-1), bank.logits(rest).argmax(-1)) for part, rest in pieces]
+    predicted = [(bank.exit_logits(part).argmax(-1), bank.logits(rest).argmax(-1)) for part, rest in pieces]
     exits = torch.cat([exit_tokens for exit_tokens, _ in predicted], dim=1)  # [K, N]
     full = torch.cat([full_tokens for _, full_tokens in predicted])  # [N]
     return {

@@ -60,8 +60,9 @@ def teacher_forced_logits(case: DecoderCase, bank: ExitBank, row: int, tokens: l
     hidden, memory = case.inputs(row, tuple(tokens[:-1]))
     span = backbone.new_span(0, hidden.shape[1], hidden.device)
     depths = [backbone.run_blocks(hidden, 0, k, span=span, memory=memory) for k in (*LAYERS, backbone.n_blocks)]
-    states = [*bank(depths[:-1], memory=memory, span=span), backbone.final_norm(depths[-1])]
-    return {layer: bank.logits(state)[0, -len(tokens) :] for layer, state in zip((*LAYERS, None), states, strict=True)}
+    exits = bank.exit_logits(bank(depths[:-1], memory=memory, span=span))
+    full = bank.logits(backbone.final_norm(depths[-1]))
+    return {layer: one[0, -len(tokens) :] for layer, one in zip((*LAYERS, None), (*exits, full), strict=True)}
 
 
 def test_tokens_are_those_of_a_forward_without_caches_in_whatever_form_the_exits_are(
@@ -112,6 +113,25 @@ def test_rows_alone_and_fixed_shapes_give_the_tokens_of_a_batch(case: DecoderCas
 def test_beams_agree_whatever_the_form_of_the_exits(case: DecoderCase, bank: ExitBank) -> None:
     found = [decode(case, form, emit_at((0, 3, 4, 8), (1, 2, 6)), num_beams=2) for form in (bank, bank.merged())]
     assert [row.tokens for row in found[0]] == [row.tokens for row in found[1]]
+
+
+def test_a_check_by_a_classifier_reads_its_own_head_and_no_other_exits_nor_the_models(weight_watch) -> None:
+    case = new_case("opt")
+    bank = ExitBank(case.backbone, LAYERS, variant="classifier").eval()
+    with weight_watch:
+        found = generate(
+            case.backbone,
+            bank,
+            case.pixels[:1],
+            case.prompts[0],
+            thresholds=[1.1, 0.0],
+            max_new_tokens=5,
+            eos_token_id=-1,
+        )
+    assert found[0].exit_layers == [2] * 5
+    shallow, deep = (next(exit_transformer.parameters()) for exit_transformer in bank.transformers)
+    assert weight_watch.reads[id(deep)] == weight_watch.positions[id(deep)] == 5
+    assert weight_watch.reads[id(shallow)] == 0 and not weight_watch.touched(case.backbone.block(3))
 
 
 def test_a_check_by_a_bottleneck_reads_its_own_weights_on_one_position_and_no_block(weight_watch) -> None:

@@ -15,6 +15,7 @@ from free_dist.backbones.replica import replica
 from free_dist.config import EXIT_VARIANTS, ConfigError, ExitsConfig
 from free_dist.exits import ExitBank, ExitVariant
 from free_dist.exits.variants import BottleneckExit, LowRankLinear
+from free_dist.losses import cross_entropy_loss, distillation_loss
 
 LAYERS = (1, 2)
 SMALL = {name: ExitVariant(name=name, rank=3, bottleneck_size=5) for name in EXIT_VARIANTS}
@@ -32,6 +33,10 @@ def features(case, row: int = 1) -> BackboneFeatures:
 
 def exit_features(bank: ExitBank, found: BackboneFeatures) -> Tensor:
     return bank(found.exits, memory=found.memory, span=found.span)
+
+
+def exit_logits(bank: ExitBank, found: BackboneFeatures) -> Tensor:
+    return bank.exit_logits(exit_features(bank, found))
 
 
 @torch.no_grad()
@@ -78,7 +83,7 @@ def test_training_reaches_every_weight_of_the_variant_and_no_other(case, name: s
     found = features(case)
     bank = disturbed(ExitBank(case.backbone, LAYERS, variant=SMALL[name]))
     taps = [tap.clone().requires_grad_() for tap in found.exits]
-    exit_features(bank, dataclasses.replace(found, exits=tuple(taps))).square().sum().backward()
+    exit_logits(bank, dataclasses.replace(found, exits=tuple(taps))).square().sum().backward()
     trained = {weight for weight, parameter in bank.named_parameters() if parameter.requires_grad}
     assert trained == set(bank.trainable_state_dict())
     for weight, parameter in bank.named_parameters():
@@ -123,7 +128,7 @@ def test_a_merged_bank_owns_its_blocks_and_the_other_variants_need_no_merging(ca
     assert (merged.final_norm, merged.lm_head) == (lora.final_norm, lora.lm_head)
     assert merged.variant.name == "full" and lora.variant.name == "lora"
     assert set(merged.trainable_state_dict()) == set(ExitBank(case.backbone, LAYERS).trainable_state_dict())
-    for name in ("full", "bottleneck"):
+    for name in ("full", "bottleneck", "classifier"):
         bank = ExitBank(case.backbone, LAYERS, variant=SMALL[name])
         assert bank.merged() is bank
 
@@ -188,9 +193,9 @@ def test_trained_weights_alone_make_another_bank_of_the_kind_the_same(case, name
     weights = copy.deepcopy(bank.trainable_state_dict())
     described = json.loads(json.dumps(dataclasses.asdict(bank.variant)))
     other = ExitBank(case.backbone, bank.exit_layers, variant=ExitVariant(**described), init=bank.init)
-    assert not torch.equal(exit_features(other, found), exit_features(bank, found))
+    assert not torch.equal(exit_logits(other, found), exit_logits(bank, found))
     other.load_trainable_state_dict(weights)
-    assert torch.equal(exit_features(other, found), exit_features(bank, found))
+    assert torch.equal(exit_logits(other, found), exit_logits(bank, found))
     assert other.variant == bank.variant
     weights.pop(next(iter(weights)))
     with pytest.raises(ValueError, match="not the weights of these exits"):
@@ -210,11 +215,64 @@ def test_a_lora_export_is_small_and_a_bottlenecks_size_is_written_out(case) -> N
     assert ExitBank(case.backbone, LAYERS, variant="bottleneck").variant.bottleneck_size == 32 // 4
 
 
+@torch.no_grad()
+def test_a_classifier_starts_as_the_logit_lens_and_reads_the_hidden_state_with_its_own_matrix(case) -> None:
+    backbone, found = case.backbone, features(case)
+    lens = ExitBank(backbone, LAYERS, variant="lens")
+    assert torch.equal(exit_features(lens, found), backbone.final_norm(torch.stack(list(found.exits))))
+    assert not list(lens.transformers.parameters()) and not lens.trainable_state_dict()
+    classifiers = ExitBank(backbone, LAYERS, variant="classifier")
+    assert torch.equal(exit_features(classifiers, found), exit_features(lens, found))
+    torch.testing.assert_close(exit_logits(classifiers, found), exit_logits(lens, found), **EXACT)
+    before = {name: parameter.clone() for name, parameter in backbone.named_parameters()}
+    moved = disturbed(classifiers)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in backbone.named_parameters())
+    states = backbone.final_norm(torch.stack(list(found.exits)))
+    for k, (exit_transformer, state) in enumerate(zip(moved.transformers, states, strict=True)):
+        (weight,) = exit_transformer.parameters()
+        torch.testing.assert_close(exit_logits(moved, found)[k], state @ weight.T, **case.tolerance)
+        torch.testing.assert_close(moved.logits_of(k, state), exit_logits(moved, found)[k], **EXACT)
+    assert torch.equal(moved.logits(found.final), backbone.lm_head(found.final)), "the full model keeps its head"
+
+
+@pytest.mark.parametrize("parts", [None, 4])
+def test_a_classifiers_loss_reaches_its_own_head_alone_however_many_parts_it_is_read_in(case, parts) -> None:
+    found = features(case)
+    targets = torch.arange(found.final.shape[1]) % 7
+    gradients = []
+    for loss in (cross_entropy_loss, distillation_loss):
+        for k in range(len(LAYERS)):
+            bank = ExitBank(case.backbone, LAYERS, variant="classifier")
+            inputs = exit_features(bank, found).flatten(1, 2)
+            assert not inputs.requires_grad
+            # Where something before the features is trained too, as it may be one day, heads must not lose their part.
+            inputs.requires_grad_(parts is not None)
+            other = targets if loss is cross_entropy_loss else found.final[0]
+            loss(bank, inputs, other, parts=parts)[k].backward()
+            reached = [parameter.grad for parameter in bank.transformers.parameters()]
+            assert [gradient is not None and bool(gradient.abs().sum() > 0) for gradient in reached] == [
+                i == k for i in range(len(LAYERS))
+            ]
+            weight = next(bank.transformers[k].parameters())
+            with torch.no_grad():
+                states = inputs[k].detach()
+                p = torch.softmax((states @ weight.T).float(), -1).double()
+                if loss is cross_entropy_loss:
+                    wanted = torch.nn.functional.one_hot(targets, p.shape[-1]).double()
+                else:
+                    wanted = torch.softmax(case.backbone.lm_head(found.final[0]).float(), -1).double()
+                # The gradient of cross entropy, and of KL to a fixed teacher, in a linear map: (p - wanted)^T x / N.
+                expected = (p - wanted).T @ states.double() / len(states)
+            torch.testing.assert_close(reached[k].double(), expected, rtol=1e-4, atol=1e-6)
+            gradients.append(reached[k])
+    assert len(gradients) == 2 * len(LAYERS)
+
+
 def test_sizes_and_names_that_cannot_be_are_refused_by_field(make_case) -> None:
     backbone = make_case("opt").backbone
     with pytest.raises(ConfigError, match=r"exits\.rank=33: want 1 to 32"):
         ExitBank(backbone, LAYERS, variant=ExitVariant(name="lora", rank=33))
-    with pytest.raises(ConfigError, match=r"exits\.variant='lorra'.*full, lora, bottleneck"):
+    with pytest.raises(ConfigError, match=r"exits\.variant='lorra'.*full, lora, bottleneck, classifier"):
         ExitVariant(name="lorra")
     config = ExitsConfig(variant="bottleneck", rank=2, bottleneck_size=7)
     assert ExitVariant.from_config(config) == ExitVariant(name="bottleneck", rank=2, bottleneck_size=7)
