@@ -191,7 +191,13 @@ def test_numbers_of_the_tables_are_those_of_the_files(pages) -> None:
             assert {interval(point["accuracy"], point["interval"]) for point in curve.values()} <= shown
     assert {"0.877 [0.800, 0.910]", "0.0213 [0.0100, 0.0300]", "0.0934 [0.0800, 0.1200]", "2: 75%, 16: 25%"} <= shown
     assert {number(1000 * value, 2) for value in robust["costs"][0]["parts"].values()} <= shown
-    assert {"0.895", "99.4%", "1.62 [1.52, 1.73]", "0.935 ±0.064 (+0.030*)", "vqa 0.625 / off; caption 0.5 / 0.5"} <= shown
+    assert {
+        "0.895",
+        "99.4%",
+        "1.62 [1.52, 1.73]",
+        "0.935 ±0.064 (+0.030*)",
+        "vqa 0.625 / off; caption 0.5 / 0.5",
+    } <= shown
 
 
 def test_promises_that_do_not_hold_are_said_so(pages) -> None:
