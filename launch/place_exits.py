@@ -1,0 +1,236 @@
+#!/usr/bin/env python
+"""Where should exits stand?  Searches exit sets, variants and thresholds under a budget, and measures what was found.
+
+    python launch/place_exits.py launch/recipes/quickstart.yaml run_dir=runs/placement
+    python launch/place_exits.py runs/mine --max-exits 2 --min-speed 1.5
+
+Takes a run directory or a recipe.  Exits after every block are trained once per variant (a finished bank in RUN/placement is
+reused), their opinions on the calibration split's answers recorded, and the sets searched with measured costs.  Then the set that
+was found, named placements and random ones, with thresholds chosen in the same way, answer the test split under one interleaved
+clock.  Writes placement.json and placement.png to the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from free_dist.config import EXIT_VARIANTS, Recipe, UserError
+from free_dist.recipe_io import add_device_arguments, fail_clearly, load_recipe, positive_integer, recipe_help
+from free_dist.training.run_directory import RECIPE
+from free_dist.training.runs import add_launch_arguments, provenance, train_once
+
+if TYPE_CHECKING:
+    from free_dist.backbones import Blip2Backbone
+    from free_dist.data.samples import SampleEncoder
+    from free_dist.evaluation.placement_run import Found
+
+LAUNCH = Path(__file__).resolve().parent
+BANK_STEPS = 150
+"""Training steps of a bank with exits after all blocks."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=recipe_help()
+    )
+    add_source_arguments(parser)
+    parser.add_argument(
+        "--variants", nargs="+", choices=EXIT_VARIANTS, default=["full", "bottleneck"],
+        help="kinds of exits to choose among, each trained once after every block (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-exits", type=positive_integer, default=3, help="most exits of a set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-parameters", type=float, metavar="N", help="most trainable parameters of a set (default: no limit)"
+    )
+    parser.add_argument(
+        "--max-harm", type=float, default=0.01, metavar="SHARE",
+        help="tokens that may differ from the full model's: per answer, in captions per token (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-speed", type=float, metavar="RATIO",
+        help="instead of --max-harm: the least harm at which this speed over full depth is predicted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--harm", choices=("agreement", "labels"), default="agreement",
+        help="what counts as harm: any token but the full model's, or only where that one was right (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--record", type=int, default=150, metavar="N", help="calibration samples per task; 0: all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=positive_integer, default=100, help="test samples per task (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive_integer, default=2, help="answers per placement and sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="time for measuring; what comes later is left out (default: %(default)s)"
+    )
+    parser.add_argument("--random-sets", type=int, default=20, help="default: %(default)s")
+    parser.add_argument(
+        "--random-measured", type=int, default=3, help="random sets that are timed, from best to worst (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--retrain", action="store_true", help="also train the set that was found alone, with the recipe's own steps"
+    )
+    add_device_arguments(parser)
+    arguments = parser.parse_intermixed_args()
+    with fail_clearly(parser):
+        recipe = recipe_of(arguments.source, arguments.overrides)
+        run(recipe, arguments)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """The run or recipe, its overrides, and how banks are trained."""
+    parser.add_argument("source", type=Path, metavar="RUN_OR_RECIPE", help="a run directory, or a recipe's YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe fields to change")
+    add_launch_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
+    parser.add_argument(
+        "--bank-steps", type=positive_integer, default=BANK_STEPS,
+        help="training steps of the exits after every block (default: %(default)s)",
+    )  # fmt: skip
+
+
+def recipe_of(source: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a run, whose results go to that very directory, or of a YAML file.  Raises UserError for neither."""
+    if source.is_dir():
+        if not (source / RECIPE).is_file():
+            raise UserError(f"{source} has no {RECIPE}: give the directory of a run, or a recipe such as "
+                            "launch/recipes/quickstart.yaml")  # fmt: skip
+        return replace(load_recipe(source / RECIPE, overrides), run_dir=str(source))
+    return load_recipe(source, overrides)
+
+
+def all_blocks_bank(
+    recipe: Recipe, layers: Sequence[int], *, variant: str, adversarial: bool, steps: int, ds_config: Path, num_processes: int
+) -> Path:  # fmt: skip
+    """The export of exits after ``layers``, trained for ``steps`` steps below the run directory unless it is there already."""
+    from free_dist.backbones.embedded import resolve_backbone
+
+    name = f"{variant}-{'gan' if adversarial else 'ce'}"
+    part = replace(
+        recipe,
+        run_dir=str(Path(recipe.run_dir) / "placement" / name),
+        exits=replace(recipe.exits, exit_layers=list(layers), variant=variant),
+        loss=replace(recipe.loss, adversarial_weight=recipe.loss.adversarial_weight if adversarial else 0.0),
+        training=replace(recipe.training, max_steps=steps, warmup_steps=None, sample_every=0, save_every=0),
+    )
+    print(f"exits after {len(layers)} blocks, {name}, {steps} steps", flush=True)
+    started = time.perf_counter()
+    export, reused = train_once(
+        part,
+        script=LAUNCH / "train.py",
+        ds_config=ds_config,
+        num_processes=num_processes,
+        backbone=resolve_backbone(recipe.backbone.path),
+    )
+    print(f"reusing {export}" if reused else f"trained in {time.perf_counter() - started:.0f} s", flush=True)
+    return export
+
+
+def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    """Train, record, search, measure, write."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from free_dist.atomic import write_atomically
+    from free_dist.data.pretrained import load_for_inference
+    from free_dist.evaluation.placement_plot import placement_picture
+    from free_dist.evaluation.placement_run import Settings, Variant, measure, record, search_all
+
+    disable_progress_bar()
+    set_verbosity_error()
+    backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
+    variants = []
+    for name in arguments.variants:
+        export = all_blocks_bank(
+            recipe, range(1, backbone.n_blocks), variant=name, adversarial=recipe.loss.adversarial_weight > 0,
+            steps=arguments.bank_steps, ds_config=arguments.ds_config, num_processes=arguments.num_gpus,
+        )  # fmt: skip
+        variants.append(Variant.load(name, backbone, export))
+    settings = Settings(
+        max_exits=arguments.max_exits,
+        max_parameters=arguments.max_parameters,
+        max_harm=arguments.max_harm,
+        min_speed=arguments.min_speed,
+        harm=arguments.harm,
+        record=arguments.record,
+        random_sets=arguments.random_sets,
+        random_measured=arguments.random_measured,
+        samples=arguments.samples,
+        rounds=arguments.rounds,
+        seconds=arguments.seconds,
+    )
+    started = time.perf_counter()
+    recorded = record(backbone, encoder, recipe, variants, settings, say)
+    recording_seconds = time.perf_counter() - started
+    found = search_all(recorded, recipe, settings, say)
+    if arguments.retrain:
+        found = retrained(found, recipe, arguments, backbone, encoder, settings)
+    result = measure(backbone, encoder, recipe, found, settings, say)
+    run_dir = Path(recipe.run_dir)
+    command = f"python launch/place_exits.py {arguments.source}"
+    content: dict[str, Any] = {
+        "format": 1,
+        "command": " ".join([command, *arguments.overrides]),
+        "provenance": provenance(),
+        "recipe": json.loads(json.dumps(recipe, default=vars)),
+        "settings": vars(settings),
+        "bank": f"exits after blocks 1 to {backbone.n_blocks - 1}, {arguments.bank_steps} steps each variant",
+        "recording_seconds": recording_seconds,
+        **result,
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(run_dir / "placement.json", json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+    picture = placement_picture(content, run_dir / "placement.png")
+    show(content)
+    print(f"{run_dir / 'placement.json'}\n{picture}")
+
+
+def retrained(
+    found: Found, recipe: Recipe, arguments: argparse.Namespace, backbone: Blip2Backbone, encoder: SampleEncoder, settings: Any
+) -> Found:  # fmt: skip
+    """The set that was found, trained alone with the recipe's own steps, as one more placement."""
+    from free_dist.evaluation.placement_run import Variant, add_retrained
+
+    layers, variant = found.chosen.choice.layers, found.chosen.variant
+    export = all_blocks_bank(
+        replace(recipe, run_dir=str(Path(recipe.run_dir) / "placement" / "alone")),
+        layers, variant=variant.name, adversarial=recipe.loss.adversarial_weight > 0,
+        steps=recipe.training.max_steps, ds_config=arguments.ds_config, num_processes=arguments.num_gpus,
+    )  # fmt: skip
+    return add_retrained(found, Variant.load(variant.name, backbone, export), backbone, encoder, recipe, settings, say)
+
+
+def show(content: dict[str, Any]) -> None:
+    """A table of what was found and what it is compared with."""
+    print(f"\n{'placement':<34}{'exits after':<20}{'variant':<12}{'predicted':>10}{'measured':>24}{'quality':>9}{'/ found':>9}")
+    rows = {"found": content["predicted"] | content["measured"]} | content["baselines"]
+    for name, row in rows.items():
+        speed = ""
+        if row["measured_speed"] is not None:
+            low, high = row["measured_speed_interval"]
+            speed = f"{row['measured_speed']:.2f} [{low:.2f}, {high:.2f}]"
+        quality = "" if row["quality_ratio"] is None else f"{row['quality_ratio']:.1%}"
+        slower = row.get("slower_than_found")
+        print(
+            f"{name:<34}{' '.join(map(str, row['layers'])):<20}{row['variant']:<12}{row['predicted_speed']:>10.2f}{speed:>24}"
+            f"{quality:>9}{'' if slower is None else f'{slower:.3f}':>9}"
+        )
+    print(f"\nsearched in {content['search_seconds']:.1f} s; predicted over measured time of what was found: "
+          f"{content['prediction_error']:+.1%}")  # fmt: skip
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
