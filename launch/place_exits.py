@@ -63,7 +63,11 @@ def main() -> None:
         help="what counts as harm: any token but the full model's, or only where that one was right (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--record", type=int, default=150, metavar="N", help="calibration samples per task; 0: all (default: %(default)s)"
+        "--record",
+        type=int,
+        default=150,
+        metavar="N",
+        help="calibration samples per task; 0: all (default: %(default)s)",
     )
     parser.add_argument(
         "--samples", type=positive_integer, default=100, help="test samples per task (default: %(default)s)"
@@ -72,11 +76,17 @@ def main() -> None:
         "--rounds", type=positive_integer, default=2, help="answers per placement and sample (default: %(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=600.0, help="time for measuring; what comes later is left out (default: %(default)s)"
+        "--seconds",
+        type=float,
+        default=600.0,
+        help="time for measuring; what comes later is left out (default: %(default)s)",
     )
     parser.add_argument("--random-sets", type=int, default=20, help="default: %(default)s")
     parser.add_argument(
-        "--random-measured", type=int, default=3, help="random sets that are timed, from best to worst (default: %(default)s)"
+        "--random-measured",
+        type=int,
+        default=3,
+        help="random sets that are timed, from best to worst (default: %(default)s)",
     )
     parser.add_argument(
         "--retrain", action="store_true", help="also train the set that was found alone, with the recipe's own steps"
@@ -211,7 +221,9 @@ def retrained(
 
 def show(content: dict[str, Any]) -> None:
     """A table of what was found and what it is compared with."""
-    print(f"\n{'placement':<34}{'exits after':<20}{'variant':<12}{'predicted':>10}{'measured':>24}{'quality':>9}{'/ found':>9}")
+    print(
+        f"\n{'placement':<34}{'exits after':<20}{'variant':<12}{'predicted':>10}{'measured':>24}{'quality':>9}{'/ found':>9}"
+    )
     rows = {"found": content["predicted"] | content["measured"]} | content["baselines"]
     for name, row in rows.items():
         speed = ""

@@ -132,4 +132,3 @@ def measured_columns(tasks: Sequence[TaskMeasurement], name: str, *, against: st
         ratio, interval = ratio_with_interval(own, other)
         columns["slower_than_found"], columns["slower_than_found_interval"] = ratio, interval
     return columns
-

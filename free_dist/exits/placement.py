@@ -206,7 +206,8 @@ class _Search:
             self.finish(whole, children, owed)
             if len(whole) < max_exits:
                 kept = self.promising(whole, children, owed)
-                self.extend(whole, _States(*(v[kept] for v in children)), _Due(*(v[kept] for v in owed)), max_exits)
+                if len(kept):
+                    self.extend(whole, _States(*(v[kept] for v in children)), _Due(*(v[kept] for v in owed)), max_exits)
 
     def children(self, states: _States, paid: Floats, c: int) -> _States:
         """States behind an exit after candidate ``c``, one per threshold and way into it, without those that cannot win."""
@@ -265,7 +266,9 @@ def search(
     or have None: ask :func:`fastest`, which looks at subsets too.  Raises UserError for an empty list or a bound below 0.
     """
     if not levels or not len(max_harm) or min(max_harm) < 0 or max_exits < 1:
-        raise UserError(f"levels={list(levels)}, max_harm={list(max_harm)}, max_exits={max_exits}: want some, 0 or more, 1")
+        raise UserError(
+            f"levels={list(levels)}, max_harm={list(max_harm)}, max_exits={max_exits}: want some, 0 or more, 1"
+        )
     n = int(recording.reach.max())
     for name in ("block", "last_block", "exit_transformer"):
         if len(getattr(costs, name)) <= n:
@@ -296,8 +299,13 @@ class Choice(NamedTuple):
     """Those that at least one recording uses."""
     placements: tuple[Placement, ...]
     """Per recording, on these layers or some of them."""
-    relative_seconds: float
-    """Mean over recordings of time over full depth's."""
+    shares: tuple[float, ...]
+    """Per recording, time over full depth's."""
+
+    @property
+    def relative_seconds(self) -> float:
+        """The mean of the shares."""
+        return sum(self.shares) / len(self.shares)
 
 
 def best_set(
@@ -329,9 +337,9 @@ def best_set(
 def on_set(tables: Sequence[Table], layers: Sequence[int], *, bound: int) -> Choice:
     """The same for one set."""
     placements = tuple(fastest(table, layers, bound) for table in tables)
-    shares = [own.seconds / full_seconds(table) for own, table in zip(placements, tables, strict=True)]
+    shares = tuple(own.seconds / full_seconds(table) for own, table in zip(placements, tables, strict=True))
     used = tuple(sorted({block for placement in placements for block in placement.layers}))
-    return Choice(used, placements, float(np.mean(shares)))
+    return Choice(used, placements, shares)
 
 
 def full_seconds(table: Table) -> float:

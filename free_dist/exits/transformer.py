@@ -140,7 +140,6 @@ class ExitBank(nn.Module):
         bank._trainable = {name for name, _ in bank.transformers.named_parameters()}
         return bank
 
-
     def subset(self, exit_layers: Sequence[int]) -> ExitBank:
         """Some of these exits as a bank of their own, which decodes as this one does with the others switched off.
 
@@ -148,7 +147,9 @@ class ExitBank(nn.Module):
         """
         missing = [k for k in exit_layers if k not in self.exit_layers]
         if missing:
-            raise ConfigError(f"exits.exit_layers={list(exit_layers)}: no exit after {missing}; there are {list(self.exit_layers)}")
+            raise ConfigError(
+                f"exits.exit_layers={list(exit_layers)}: no exit after {missing}; there are {list(self.exit_layers)}"
+            )
         check_exit_layers(exit_layers, max(self.exit_layers))
         rows = [self.exit_layers.index(k) for k in exit_layers]
         bank = copy.copy(self)
