@@ -34,6 +34,8 @@ from free_dist.exits.gate import ExitChecks, FullHead
 from free_dist.exits.placement import Choice, Placement, PlacementCosts, Table, best_set, on_set, search
 
 Say = Callable[[str], None]
+LEVELS = (*EXIT_GRID, 0.0)
+"""Thresholds of an exit that the search tries; at 0 every token leaves."""
 BOUNDS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.05)
 """Bounds on harm whose best sets are listed beside the one that was asked for."""
 POSITIONS = (1, 2, 4, 8, 16, 32, 64)
@@ -300,7 +302,7 @@ def _tables(
         recording = answers.recording(settings.harm)
         if layers is not None:
             recording = recording.only(layers)
-        found.append(search(recording, one.costs[task], EXIT_GRID, max_exits=max_exits, max_harm=bounds))
+        found.append(search(recording, one.costs[task], LEVELS, max_exits=max_exits, max_harm=bounds))
     return found
 
 

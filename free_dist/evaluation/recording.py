@@ -80,7 +80,7 @@ class RecordedAnswers:
         lost = ~self.agrees
         if kind == "labels":
             lost &= (self.tokens == self.labels) | (self.labels == UNKNOWN)
-        return lost * weight
+        return np.where(lost, weight, 0.0)
 
     def recording(self, kind: str = "agreement") -> Recording:
         """What the search takes: exits after the last block, which save nothing, are left out."""

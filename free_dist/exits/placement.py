@@ -14,11 +14,12 @@ every bound on harm, the least time.
 still in the stack; a transition places the next exit at a threshold, and the tokens that leave with it are what it changes.
 It is exact because everything still to be paid is a function of that state: a segment's calls are the tokens in the stack, and
 the positions that wait in each call are those since the token before it *in the stack* of the same answer.  Neither the
-thresholds so far nor where the others left matter, so of two ways into one state, the one with more time and no less harm cannot
-be part of any optimum.  (The last exit alone is no such state: other tokens may be left behind it.)  A state is also dropped
-when its harm exceeds every bound, or when its time, with the least that its tokens can still cost, is not below what its own exits
-already reach at its harm: more exits behind it then gain nothing over those exits without them.  So the tables hold the exact least
-time of a set *or its subsets*: an exit that is not worth asking is switched off by its threshold, as in the decoder.
+thresholds so far nor where the others left matter, so of two ways into one state, the one with more time and no less harm
+cannot be part of any optimum.  (The last exit alone is no such state: other tokens may be left behind it.)  A state is also
+dropped when its harm exceeds every bound, or when its time, with the least that its tokens can still cost, is not below what
+its own exits already reach at its harm: more exits behind it then gain nothing over those exits without them.  So the tables hold
+the exact least time of a set *or its subsets*: an exit that is not worth asking is switched off by its threshold, as in the
+decoder.
 
 Shape letters: C candidate blocks, T tokens, G thresholds, S states, H bounds on harm, L blocks.
 """
@@ -130,6 +131,9 @@ class _States(NamedTuple):
     choices: Integers
     """[S, exits], indices of thresholds."""
 
+    def take(self, rows: Integers) -> _States:
+        return _States(self.alive[rows], self.seconds[rows], self.harm[rows], self.choices[rows])
+
 
 class _Due(NamedTuple):
     """What states will pay per block or call, each [S]: functions of the tokens in the stack alone."""
@@ -138,6 +142,9 @@ class _Due(NamedTuple):
     block: Floats
     last_block: Floats
     exit_transformer: Floats
+
+    def take(self, rows: Integers) -> _Due:
+        return _Due(self.calls[rows], self.block[rows], self.last_block[rows], self.exit_transformer[rows])
 
 
 class _Search:
@@ -207,7 +214,7 @@ class _Search:
             if len(whole) < max_exits:
                 kept = self.promising(whole, children, owed)
                 if len(kept):
-                    self.extend(whole, _States(*(v[kept] for v in children)), _Due(*(v[kept] for v in owed)), max_exits)
+                    self.extend(whole, children.take(kept), owed.take(kept), max_exits)
 
     def children(self, states: _States, paid: Floats, c: int) -> _States:
         """States behind an exit after candidate ``c``, one per threshold and way into it, without those that cannot win."""
@@ -371,4 +378,4 @@ def _undominated(states: _States) -> _States:
             kept.append(row)
             least = harm[i]
     chosen = np.sort(np.asarray(kept))
-    return _States(*(values[chosen] for values in states))
+    return states.take(chosen)
