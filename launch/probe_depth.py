@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Is there a mid-crisis, and how much does the model overthink?  Reads every block of a backbone in four ways on the same tokens.
+r"""Is there a mid-crisis, and how much does the model overthink?  Reads every block of a backbone in four ways.
 
     python launch/probe_depth.py launch/recipes/quickstart.yaml run_dir=runs/placement
-    python launch/probe_depth.py launch/recipes/smollm2.yaml --no-exits --fine-tuned models/smollm2 backbone.path=models/smollm2_untrained
+    python launch/probe_depth.py launch/recipes/smollm2.yaml --no-exits backbone.path=models/smollm2_untrained \
+        --fine-tuned models/smollm2
 
 Logit lens (final norm and head alone), tuned lens (one affine translator per block, trained here), and exit transformers trained
 without and with the adversarial loss (CE-ET, GAN-ET): given ones, or exits after every block that are trained once in
@@ -76,6 +77,8 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if not arguments.no_exits:
         for name, directory in given.items():
             if directory is None:
+                if name == "GAN-ET" and recipe.loss.adversarial_weight == 0:
+                    raise UserError("loss.adversarial_weight=0: GAN-ET would be CE-ET; set it, or give --exits")
                 given[name] = all_blocks_bank(
                     recipe, range(1, backbone.n_blocks), variant="full", adversarial=name == "GAN-ET",
                     steps=arguments.bank_steps, ds_config=arguments.ds_config, num_processes=arguments.num_gpus,

@@ -89,7 +89,7 @@ def train_tuned_lens(
         rows = next(draws).to(hidden.device)
         optimizer.zero_grad()
         for k in range(1, backbone.n_blocks):  # one block's logits at a time; translators do not share weights
-            lens_divergence(backbone, lens, k, hidden[k - 1, rows], final[rows]).backward()  # type: ignore[no-untyped-call]
+            lens_divergence(backbone, lens, k, hidden[k - 1, rows], final[rows]).backward()
         optimizer.step()
         schedule.step()
     return lens.eval().requires_grad_(False)
