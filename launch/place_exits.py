@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -186,10 +188,9 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
         found = retrained(found, recipe, arguments, backbone, encoder, settings)
     result = measure(backbone, encoder, recipe, found, settings, say)
     run_dir = Path(recipe.run_dir)
-    command = f"python launch/place_exits.py {arguments.source}"
     content: dict[str, Any] = {
         "format": 1,
-        "command": " ".join([command, *arguments.overrides]),
+        "command": shlex.join(["python", "launch/place_exits.py", *sys.argv[1:]]),
         "provenance": provenance(),
         "recipe": json.loads(json.dumps(recipe, default=vars)),
         "settings": vars(settings),

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -86,9 +88,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     banks = {name: load_exits(backbone, directory) for name, directory in given.items() if directory is not None}
     content: dict[str, Any] = {
         "format": 1,
-        "command": " ".join(
-            ["python launch/probe_depth.py", str(arguments.source), *_flags(arguments), *arguments.overrides]
-        ),
+        "command": shlex.join(["python", "launch/probe_depth.py", *sys.argv[1:]]),
         "provenance": provenance(),
         "recipe": json.loads(json.dumps(recipe, default=vars)),
         "backbone": recipe.backbone.path,
@@ -153,15 +153,6 @@ def show(tasks: dict[str, Any], title: str) -> None:
                 words = f"{100 * dip['depth']:.1f} points [{100 * low:.1f}, {100 * high:.1f}] at block {dip['block']}"
             print(f"{task:<10}{name:<12}{words:>40}{own['overthinking'][name]['any']:>26.2%}")
         print(f"{task:<10}{'full model':<12}{'':>40}{'wrong on ' + format(1 - own['full_accuracy'], '.2%'):>26}")
-
-
-def _flags(arguments: argparse.Namespace) -> list[str]:
-    """The flags that say what was read, for the command that makes it again."""
-    found = [] if not arguments.no_exits else ["--no-exits"]
-    for name in ("exits", "exits_ce", "fine_tuned"):
-        value = getattr(arguments, name)
-        found += [] if value is None else [f"--{name.replace('_', '-')} {value}"]
-    return [*found, f"--lens-steps {arguments.lens_steps}", f"--lens-tokens {arguments.lens_tokens}"]
 
 
 if __name__ == "__main__":
