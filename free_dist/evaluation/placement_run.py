@@ -21,13 +21,12 @@ from tqdm import tqdm
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import Recipe, UserError
 from free_dist.data.samples import SampleEncoder
-from free_dist.evaluation.arms import ours
-from free_dist.evaluation.benchmark import median_with_interval
+from free_dist.evaluation.arms import Split, ours
 from free_dist.evaluation.calibration import EXIT_GRID, OFF
 from free_dist.evaluation.measure_costs import CostMeter
 from free_dist.evaluation.operating_points import Model
 from free_dist.evaluation.placement_benchmark import TaskMeasurement, measure_task, measured_columns
-from free_dist.evaluation.recording import RecordedAnswers, calibration_samples, placement_costs, record_answers
+from free_dist.evaluation.recording import RecordedAnswers, anchored_costs, calibration_samples, record_answers
 from free_dist.exits import ExitBank
 from free_dist.exits.export import load_exits
 from free_dist.exits.gate import ExitChecks, FullHead
@@ -40,9 +39,8 @@ BOUNDS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.05)
 """Bounds on harm whose best sets are listed beside the one that was asked for."""
 POSITIONS = (1, 2, 4, 8, 16, 32, 64)
 """New positions in a call at which blocks are timed."""
-COST_SAMPLES = 15
-"""Samples of the pieces' times before each task is recorded."""
-VISION_SAMPLES = 10
+COST_SAMPLES = 20
+"""Answers at full depth that are timed before each task is recorded, and as many samples of the pieces' times between them."""
 HAND_PICKED = {"authors' paper": (3, 6, 9), "authors' code": (3, 5, 18, 21, 27)}
 """Layers of the 32 of OPT-2.7B (METHOD.md; the second in the authors' public code)."""
 HAND_PICKED_OF = 32
@@ -133,18 +131,20 @@ def record(
     for meter in meters:
         meter.sample()
         meter.forget()
-    vision: dict[str, float] = {}
+    spent: dict[str, list[Split]] = {}
     limit = recipe.decoding.max_new_tokens
     full = ours(backbone, method="full", max_new_tokens=limit)
     for task in recipe.evaluation.tasks:
         samples = calibration_samples(recipe, task, settings.record)
-        for _ in range(COST_SAMPLES):
+        say(f"{task}: measuring costs")
+        model = Model(backbone=backbone, encoder=encoder, bank=variants[0].bank, recipe=recipe)
+        prompts = list(model.prompted(samples[:COST_SAMPLES]))
+        full.split(prompts[0].pixel_values, prompts[0].prompt_ids, prompts[0].instruction)
+        spent[task] = []
+        for prompt in prompts:
             for meter in meters:
                 meter.sample()
-        model = Model(backbone=backbone, encoder=encoder, bank=variants[0].bank, recipe=recipe)
-        prompts = list(model.prompted(samples[:VISION_SAMPLES]))
-        splits = [full.split(p.pixel_values, p.prompt_ids, p.instruction) for p in prompts]
-        vision[task] = median_with_interval([split.vision for split in splits])[0]
+            spent[task].append(full.split(prompt.pixel_values, prompt.prompt_ids, prompt.instruction))
         for variant, kept in zip(variants, answers, strict=True):
             say(
                 f"{task}: recording {len(samples)} answers, {variant.name} exits after {len(variant.bank.exit_layers)} blocks"
@@ -156,10 +156,7 @@ def record(
     found = []
     for variant, kept, meter in zip(variants, answers, meters, strict=True):
         measured = meter.costs()
-        costs = {
-            task: placement_costs(measured, positions=int(own.recording().reach.max()), answer=vision[task])
-            for task, own in kept.items()
-        }
+        costs = {task: anchored_costs(measured, own, spent[task]) for task, own in kept.items()}
         found.append(Recorded(variant=variant, answers=kept, costs=costs))
     return found
 

@@ -22,8 +22,9 @@ from free_dist.config import ConfigError, Recipe
 from free_dist.data.samples import Sample, SampleEncoder
 from free_dist.data.stream import split_samples
 from free_dist.decoding.generate import generate
+from free_dist.evaluation.arms import Split
 from free_dist.evaluation.calibration import RecordingPolicy
-from free_dist.evaluation.cost_model import DecodeCosts, at_positions
+from free_dist.evaluation.cost_model import DecodeCosts, at_positions, token_costs
 from free_dist.exits import ExitBank
 from free_dist.exits.placement import PlacementCosts, Recording
 
@@ -174,6 +175,26 @@ def placement_costs(costs: DecodeCosts, *, positions: int, answer: float, head: 
         token=costs.token,
         segment=costs.segment,
         answer=answer,
+    )
+
+
+def anchored_costs(costs: DecodeCosts, answers: RecordedAnswers, spent: Sequence[Split]) -> PlacementCosts:
+    """Costs of a task, scaled so that they give full depth its own time on the first answers.
+
+    ``spent``: what full depth took for the first answers of the recording.  Pieces of a block's length and whole answers suffer
+    unlike from a busy machine; what is left to the pieces' times is their proportions.  Nothing about exits enters.
+    """
+    predicted = 0.0
+    for number, _ in enumerate(spent):
+        script = [answers.n_blocks] * int((answers.answers == number).sum())
+        tokens = token_costs(costs, None, script, prompt=int(answers.prompts[number]))
+        predicted += sum(sum(parts.values()) for parts in tokens)
+    scale = sum(split.prefill + split.decode for split in spent) / predicted
+    positions = int((answers.prompts[answers.answers] + answers.places).max())
+    plain = placement_costs(costs, positions=positions, answer=0.0)
+    return PlacementCosts(
+        **{name: value * scale for name, value in vars(plain).items() if name != "answer"},
+        answer=sum(split.vision for split in spent) / len(spent),
     )
 
 

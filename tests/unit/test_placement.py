@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from free_dist.config import UserError
+from free_dist.evaluation.arms import Split
 from free_dist.evaluation.cost_model import DecodeCosts, ExitSetting, token_costs
-from free_dist.evaluation.recording import placement_costs
+from free_dist.evaluation.recording import RecordedAnswers, anchored_costs, placement_costs
 from free_dist.exits.placement import (
     Placement,
     PlacementCosts,
@@ -154,6 +155,29 @@ def test_no_exit_is_chosen_where_checks_cost_more_than_blocks() -> None:
     table = search(recording, dear, LEVELS, max_exits=2, max_harm=[99.0])
     choice = best_set([table], bound=0, max_exits=2)
     assert choice.layers == () and choice.relative_seconds == 1.0
+
+
+def test_anchored_costs_give_full_depth_the_time_it_took() -> None:
+    recording, costs = random_recording(6, n_answers=5), decode_costs(6)
+    tokens = len(recording.answers)
+    answers = RecordedAnswers(
+        task="vqa",
+        exit_layers=recording.blocks,
+        n_blocks=6,
+        answers=recording.answers,
+        places=np.concatenate([np.arange(n) for n in np.bincount(recording.answers)]),
+        prompts=recording.reach[np.flatnonzero(np.diff(recording.answers, prepend=-1))],
+        tokens=np.zeros(tokens, dtype=int),
+        labels=np.zeros(tokens, dtype=int),
+        confidences=recording.confidences,
+        named=np.zeros((4, tokens), dtype=int),
+    )
+    spent = [Split(vision=2.0 + i, prefill=10.0 * i, decode=5.0) for i in range(5)]
+    anchored = anchored_costs(costs, answers, spent)
+    table = search(answers.recording(), anchored, LEVELS, max_exits=1, max_harm=[0.0])
+    assert full_seconds(table) == pytest.approx(sum(sum(split) for split in spent))
+    plain = placement_costs(costs, positions=20, answer=0.0)
+    assert anchored.exit_head / anchored.block[3] == pytest.approx(plain.exit_head / plain.block[3])
 
 
 def test_a_restricted_search_is_the_search_on_these_blocks_alone() -> None:
