@@ -39,13 +39,13 @@ def placement_picture(content: Mapping[str, Any], path: Path) -> Path:
         right.errorbar(
             [row["predicted_speed"]], [speed], yerr=[[speed - low], [high - speed]], fmt="*" if name == "found" else "o",
             markersize=12 if name == "found" else 6, capsize=2, color=f"C{number}",
-            label=f"{name}: {row['quality_ratio']:.1%} of the quality",
+            label=f"{name.partition(',')[0]}: {row['quality_ratio']:.1%}",
         )  # fmt: skip
     speeds = [row[key] for row in measured.values() for key in ("predicted_speed", "measured_speed")]
     ends = [min(speeds) - 0.1, max(speeds) + 0.1]
     right.plot(ends, ends, color="black", linewidth=1, linestyle=":", label="predicted = measured")
     right.set_xlabel("predicted speed / full depth")
     right.set_ylabel("measured speed / full depth")
-    right.set_title(f"test split, n = {content['measured']['n']}", fontsize=10)
+    right.set_title(f"test split, n = {content['measured']['n']} (legend: quality of the full model's)", fontsize=10)
     _shared_legend(figure, [left, right])
     return _save(figure, "Where exits stand: searched, named and random placements", path)
