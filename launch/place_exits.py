@@ -17,15 +17,13 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from free_dist.config import EXIT_VARIANTS, Recipe, UserError
-from free_dist.recipe_io import add_device_arguments, fail_clearly, load_recipe, positive_integer, recipe_help
-from free_dist.training.run_directory import RECIPE
-from free_dist.training.runs import add_launch_arguments, provenance, train_once
+from free_dist.config import EXIT_VARIANTS, Recipe
+from free_dist.recipe_io import add_device_arguments, fail_clearly, positive_integer, recipe_help
+from free_dist.training.bank_runs import add_bank_arguments, recipe_of, train_bank
+from free_dist.training.runs import provenance
 
 if TYPE_CHECKING:
     from free_dist.backbones import Blip2Backbone
@@ -33,15 +31,13 @@ if TYPE_CHECKING:
     from free_dist.evaluation.placement_run import Found
 
 LAUNCH = Path(__file__).resolve().parent
-BANK_STEPS = 150
-"""Training steps of a bank with exits after all blocks."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=recipe_help()
     )
-    add_source_arguments(parser)
+    add_bank_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
     parser.add_argument(
         "--variants", nargs="+", choices=EXIT_VARIANTS, default=["full", "bottleneck"],
         help="kinds of exits to choose among, each trained once after every block (default: %(default)s)",
@@ -100,54 +96,6 @@ def main() -> None:
         run(recipe, arguments)
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """The run or recipe, its overrides, and how banks are trained."""
-    parser.add_argument("source", type=Path, metavar="RUN_OR_RECIPE", help="a run directory, or a recipe's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="recipe fields to change")
-    add_launch_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
-    parser.add_argument(
-        "--bank-steps", type=positive_integer, default=BANK_STEPS,
-        help="training steps of the exits after every block (default: %(default)s)",
-    )  # fmt: skip
-
-
-def recipe_of(source: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a run, whose results go to that very directory, or of a YAML file.  Raises UserError for neither."""
-    if source.is_dir():
-        if not (source / RECIPE).is_file():
-            raise UserError(f"{source} has no {RECIPE}: give the directory of a run, or a recipe such as "
-                            "launch/recipes/quickstart.yaml")  # fmt: skip
-        return replace(load_recipe(source / RECIPE, overrides), run_dir=str(source))
-    return load_recipe(source, overrides)
-
-
-def all_blocks_bank(
-    recipe: Recipe, layers: Sequence[int], *, variant: str, adversarial: bool, steps: int, ds_config: Path, num_processes: int
-) -> Path:  # fmt: skip
-    """The export of exits after ``layers``, trained for ``steps`` steps below the run directory unless it is there already."""
-    from free_dist.backbones.embedded import resolve_backbone
-
-    name = f"{variant}-{'gan' if adversarial else 'ce'}"
-    part = replace(
-        recipe,
-        run_dir=str(Path(recipe.run_dir) / "placement" / name),
-        exits=replace(recipe.exits, exit_layers=list(layers), variant=variant),
-        loss=replace(recipe.loss, adversarial_weight=recipe.loss.adversarial_weight if adversarial else 0.0),
-        training=replace(recipe.training, max_steps=steps, warmup_steps=None, sample_every=0, save_every=0),
-    )
-    print(f"exits after {len(layers)} blocks, {name}, {steps} steps", flush=True)
-    started = time.perf_counter()
-    export, reused = train_once(
-        part,
-        script=LAUNCH / "train.py",
-        ds_config=ds_config,
-        num_processes=num_processes,
-        backbone=resolve_backbone(recipe.backbone.path),
-    )
-    print(f"reusing {export}" if reused else f"trained in {time.perf_counter() - started:.0f} s", flush=True)
-    return export
-
-
 def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     """Train, record, search, measure, write."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -162,9 +110,11 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
     variants = []
     for name in arguments.variants:
-        export = all_blocks_bank(
-            recipe, range(1, backbone.n_blocks), variant=name, adversarial=recipe.loss.adversarial_weight > 0,
-            steps=arguments.bank_steps, ds_config=arguments.ds_config, num_processes=arguments.num_gpus,
+        adversarial = recipe.loss.adversarial_weight > 0
+        export = train_bank(
+            recipe, range(1, backbone.n_blocks), name=f"{name}-{'gan' if adversarial else 'ce'}", variant=name,
+            adversarial=adversarial, steps=arguments.bank_steps, script=LAUNCH / "train.py", ds_config=arguments.ds_config,
+            num_processes=arguments.num_gpus, say=say,
         )  # fmt: skip
         variants.append(Variant.load(name, backbone, export))
     settings = Settings(
@@ -212,10 +162,10 @@ def retrained(
     from free_dist.evaluation.placement_run import Variant, add_retrained
 
     layers, variant = found.chosen.choice.layers, found.chosen.variant
-    export = all_blocks_bank(
-        replace(recipe, run_dir=str(Path(recipe.run_dir) / "placement" / "alone")),
-        layers, variant=variant.name, adversarial=recipe.loss.adversarial_weight > 0,
-        steps=recipe.training.max_steps, ds_config=arguments.ds_config, num_processes=arguments.num_gpus,
+    export = train_bank(
+        recipe, layers, name="alone", variant=variant.name, adversarial=recipe.loss.adversarial_weight > 0,
+        steps=recipe.training.max_steps, script=LAUNCH / "train.py", ds_config=arguments.ds_config,
+        num_processes=arguments.num_gpus, say=say,
     )  # fmt: skip
     return add_retrained(found, Variant.load(variant.name, backbone, export), backbone, encoder, recipe, settings, say)
 

@@ -14,6 +14,7 @@ mid_crisis.json, mid_crisis.png and overthinking.png to the run directory.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import sys
@@ -22,18 +23,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from place_exits import add_source_arguments, all_blocks_bank, recipe_of
-
 from free_dist.config import Recipe, UserError
 from free_dist.recipe_io import add_device_arguments, fail_clearly, recipe_help
+from free_dist.training.bank_runs import add_bank_arguments, recipe_of, train_bank
 from free_dist.training.runs import provenance
+
+LAUNCH = Path(__file__).resolve().parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=recipe_help()
     )
-    add_source_arguments(parser)
+    add_bank_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
     parser.add_argument(
         "--exits", type=Path, metavar="DIR", help="exits trained with discriminators (default: trained here)"
     )
@@ -81,9 +83,10 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
             if directory is None:
                 if name == "GAN-ET" and recipe.loss.adversarial_weight == 0:
                     raise UserError("loss.adversarial_weight=0: GAN-ET would be CE-ET; set it, or give --exits")
-                given[name] = all_blocks_bank(
-                    recipe, range(1, backbone.n_blocks), variant="full", adversarial=name == "GAN-ET",
-                    steps=arguments.bank_steps, ds_config=arguments.ds_config, num_processes=arguments.num_gpus,
+                given[name] = train_bank(
+                    recipe, range(1, backbone.n_blocks), name=f"full-{'gan' if name == 'GAN-ET' else 'ce'}", variant="full",
+                    adversarial=name == "GAN-ET", steps=arguments.bank_steps, script=LAUNCH / "train.py",
+                    ds_config=arguments.ds_config, num_processes=arguments.num_gpus, say=functools.partial(print, flush=True),
                 )  # fmt: skip
     banks = {name: load_exits(backbone, directory) for name, directory in given.items() if directory is not None}
     content: dict[str, Any] = {

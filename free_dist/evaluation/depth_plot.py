@@ -64,6 +64,6 @@ def overthinking_picture(content: Mapping[str, Any], path: Path) -> Path:
         axes.set_title(f"{task}: the last layer is wrong on {1 - own['full_accuracy']:.1%} of the tokens", fontsize=10)
         axes.set_xlabel("block")
         axes.set_ylabel("right here, wrong at the end (%)")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     _shared_legend(figure, panels)
     return _save(figure, "Overthinking: tokens that a shallower block got right and the last layer wrong", path)
