@@ -7,7 +7,7 @@
 Takes a run directory or a recipe.  Exits after every block are trained once per variant (a finished bank in RUN/placement is
 reused), their opinions on the calibration split's answers recorded, and the sets searched with measured costs.  Then the set that
 was found, named placements and random ones, with thresholds chosen in the same way, answer the test split under one interleaved
-clock.  Writes placement.json and placement.png to the run directory.
+clock.  Writes placement.json and placement.png to the run directory, and the found exits to RUN/placement/found.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from free_dist.config import EXIT_VARIANTS, Recipe
 from free_dist.recipe_io import add_device_arguments, fail_clearly, positive_integer, recipe_help
-from free_dist.training.bank_runs import add_bank_arguments, recipe_of, train_bank
+from free_dist.training.bank_runs import BANKS, add_bank_arguments, recipe_of, train_bank
 from free_dist.training.runs import provenance
 
 if TYPE_CHECKING:
@@ -103,20 +103,21 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from free_dist.atomic import write_atomically
     from free_dist.data.pretrained import load_for_inference
     from free_dist.evaluation.placement_plot import placement_picture
-    from free_dist.evaluation.placement_run import Settings, Variant, measure, record, search_all
+    from free_dist.evaluation.placement_run import Settings, Variant, measure, record, search_all, shared_thresholds
+    from free_dist.exits.export import load_exits, save_exits
 
     disable_progress_bar()
     set_verbosity_error()
     backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
-    variants = []
+    variants, exports = [], {}
     for name in arguments.variants:
         adversarial = recipe.loss.adversarial_weight > 0
-        export = train_bank(
+        exports[name] = train_bank(
             recipe, range(1, backbone.n_blocks), name=f"{name}-{'gan' if adversarial else 'ce'}", variant=name,
             adversarial=adversarial, steps=arguments.bank_steps, script=LAUNCH / "train.py", ds_config=arguments.ds_config,
             num_processes=arguments.num_gpus, say=say,
         )  # fmt: skip
-        variants.append(Variant.load(name, backbone, export))
+        variants.append(Variant.load(name, backbone, exports[name]))
     settings = Settings(
         max_exits=arguments.max_exits,
         max_parameters=arguments.max_parameters,
@@ -153,6 +154,15 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     picture = placement_picture(content, run_dir / "placement.png")
     show(content)
     print(f"{run_dir / 'placement.json'}\n{picture}")
+    chosen = found.chosen.choice
+    if chosen.layers:
+        exits = load_exits(backbone, exports[found.chosen.variant.name], merged=False).subset(chosen.layers)
+        directory = run_dir / BANKS / "found"
+        save_exits(
+            exits, directory, thresholds=shared_thresholds(chosen), backbone=backbone,
+            extra={"placement": content["measured"]["thresholds"], "steps": arguments.bank_steps},
+        )  # fmt: skip
+        print(f"exits {directory}: thresholds safe for every task in exits.json, those of each task in placement.json")
 
 
 def retrained(

@@ -242,6 +242,15 @@ def add_retrained(
     return replace(found, named=found.named | {"found, trained alone": placed})
 
 
+def shared_thresholds(choice: Choice) -> tuple[float, ...]:
+    """One threshold per layer of the choice: the highest at which any recording asks the exit."""
+    asked = [
+        [dict(zip(one.layers, one.thresholds, strict=True)).get(layer) for one in choice.placements]
+        for layer in choice.layers
+    ]
+    return tuple(max(value for value in values if value is not None) for values in asked)
+
+
 def measure(
     backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Recipe, found: Found, settings: Settings, say: Say
 ) -> dict[str, Any]:  # fmt: skip
