@@ -16,17 +16,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import Recipe, UserError
 from free_dist.data.samples import SampleEncoder
-from free_dist.evaluation.arms import Split, ours
-from free_dist.evaluation.calibration import EXIT_GRID, OFF
+from free_dist.decoding.generate import generate
+from free_dist.evaluation.arms import ours
+from free_dist.evaluation.benchmark import Prompted, wait_for_device
+from free_dist.evaluation.calibration import EXIT_GRID, OFF, RecordingPolicy
 from free_dist.evaluation.measure_costs import CostMeter
 from free_dist.evaluation.operating_points import Model
 from free_dist.evaluation.placement_benchmark import TaskMeasurement, measure_task, measured_columns
-from free_dist.evaluation.recording import RecordedAnswers, anchored_costs, calibration_samples, record_answers
+from free_dist.evaluation.recording import RecordedAnswers, Timed, anchored_costs, calibration_samples, record_answers
 from free_dist.exits import ExitBank
 from free_dist.exits.export import load_exits
 from free_dist.exits.gate import ExitChecks, FullHead
@@ -131,20 +134,22 @@ def record(
     for meter in meters:
         meter.sample()
         meter.forget()
-    spent: dict[str, list[Split]] = {}
     limit = recipe.decoding.max_new_tokens
     full = ours(backbone, method="full", max_new_tokens=limit)
+    middle = [v.bank.exit_layers[len(v.bank.exit_layers) // 2] for v in variants]
+    timed: list[dict[str, list[Timed]]] = [{} for _ in variants]
     for task in recipe.evaluation.tasks:
         samples = calibration_samples(recipe, task, settings.record)
         say(f"{task}: measuring costs")
         model = Model(backbone=backbone, encoder=encoder, bank=variants[0].bank, recipe=recipe)
         prompts = list(model.prompted(samples[:COST_SAMPLES]))
         full.split(prompts[0].pixel_values, prompts[0].prompt_ids, prompts[0].instruction)
-        spent[task] = []
         for prompt in prompts:
-            for meter in meters:
+            split = full.split(prompt.pixel_values, prompt.prompt_ids, prompt.instruction)
+            for variant, layer, meter, own in zip(variants, middle, meters, timed, strict=True):
                 meter.sample()
-            spent[task].append(full.split(prompt.pixel_values, prompt.prompt_ids, prompt.instruction))
+                asked = asked_in_vain(backbone, variant.bank.subset((layer,)), prompt, limit)
+                own.setdefault(task, []).append(Timed(split, asked))
         for variant, kept in zip(variants, answers, strict=True):
             say(
                 f"{task}: recording {len(samples)} answers, {variant.name} exits after {len(variant.bank.exit_layers)} blocks"
@@ -154,11 +159,22 @@ def record(
                 progress=lambda rows: tqdm(rows, unit="sample", mininterval=1.0),
             )  # fmt: skip
     found = []
-    for variant, kept, meter in zip(variants, answers, meters, strict=True):
-        measured = meter.costs()
-        costs = {task: anchored_costs(measured, own, spent[task]) for task, own in kept.items()}
+    for variant, kept, meter, own, layer in zip(variants, answers, meters, timed, middle, strict=True):
+        costs = anchored_costs(meter.costs(), kept, own, exit_layer=layer)
         found.append(Recorded(variant=variant, answers=kept, costs=costs))
     return found
+
+
+@torch.inference_mode()
+def asked_in_vain(backbone: Blip2Backbone, bank: ExitBank, prompt: Prompted, limit: int) -> float:
+    """Seconds of an answer, without its vision tower, while the exits of ``bank`` are asked at every token and none emits."""
+    prefix = backbone.encode_prefix(prompt.pixel_values, None, prompt.instruction)
+    policy = RecordingPolicy((OFF,) * len(bank.exit_layers), emit=False)
+    wait_for_device(prefix.device)
+    start = time.perf_counter()
+    generate(backbone, bank, None, prompt.prompt_ids, prefix=prefix, thresholds=policy, max_new_tokens=limit)
+    wait_for_device(prefix.device)
+    return time.perf_counter() - start
 
 
 def search_all(recorded: list[Recorded], recipe: Recipe, settings: Settings, say: Say) -> Found:

@@ -10,8 +10,9 @@ Shape letters: C candidate exits, T tokens, N answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from free_dist.data.stream import split_samples
 from free_dist.decoding.generate import generate
 from free_dist.evaluation.arms import Split
 from free_dist.evaluation.calibration import RecordingPolicy
-from free_dist.evaluation.cost_model import DecodeCosts, at_positions, token_costs
+from free_dist.evaluation.cost_model import DecodeCosts, ExitSetting, at_positions, token_costs
 from free_dist.exits import ExitBank
 from free_dist.exits.placement import PlacementCosts, Recording
 
@@ -178,24 +179,52 @@ def placement_costs(costs: DecodeCosts, *, positions: int, answer: float, head: 
     )
 
 
-def anchored_costs(costs: DecodeCosts, answers: RecordedAnswers, spent: Sequence[Split]) -> PlacementCosts:
-    """Costs of a task, scaled so that they give full depth its own time on the first answers.
+class Timed(NamedTuple):
+    """Seconds of one answer at full depth by part, and of the same answer with one exit asked in vain at every token."""
 
-    ``spent``: what full depth took for the first answers of the recording.  Pieces of a block's length and whole answers suffer
-    unlike from a busy machine; what is left to the pieces' times is their proportions.  Nothing about exits enters.
+    split: Split
+    asked: float
+    """Prefill and decode."""
+
+
+def anchored_costs(
+    costs: DecodeCosts, answers: Mapping[str, RecordedAnswers], timed: Mapping[str, Sequence[Timed]], *, exit_layer: int
+) -> dict[str, PlacementCosts]:
+    """Costs per task, scaled so that they give what the decoder itself took on the first answers of every task.
+
+    Pieces measured alone and whole answers differ: by caches, by what starting an answer takes, and unlike on a busy machine.  So
+    blocks are scaled to full depth's tokens after the first, what its first token takes beyond that is charged per answer,
+    and an exit's head and decision are what asking the exit after ``exit_layer`` in vain really added.  No exit emits
+    in any of these answers, so speeds with exits remain predictions.
     """
-    predicted = 0.0
-    for number, _ in enumerate(spent):
-        script = [answers.n_blocks] * int((answers.answers == number).sum())
-        tokens = token_costs(costs, None, script, prompt=int(answers.prompts[number]))
-        predicted += sum(sum(parts.values()) for parts in tokens)
-    scale = sum(split.prefill + split.decode for split in spent) / predicted
-    positions = int((answers.prompts[answers.answers] + answers.places).max())
-    plain = placement_costs(costs, positions=positions, answer=0.0)
-    return PlacementCosts(
-        **{name: value * scale for name, value in vars(plain).items() if name != "answer"},
-        answer=sum(split.vision for split in spent) / len(spent),
-    )
+    setting = ExitSetting(layers=(exit_layer,))
+    firsts = rests = plain = checked = 0.0
+    n_answers = n_tokens = 0
+    for task, own in timed.items():
+        recorded = answers[task]
+        for number in range(len(own)):
+            script = [recorded.n_blocks] * int((recorded.answers == number).sum())
+            prompt = int(recorded.prompts[number])
+            tokens = [sum(parts.values()) for parts in token_costs(costs, None, script, prompt=prompt)]
+            firsts, rests = firsts + tokens[0], rests + sum(tokens[1:])
+            plain += sum(tokens)
+            checked += sum(sum(parts.values()) for parts in token_costs(costs, setting, script, prompt=prompt))
+            n_answers, n_tokens = n_answers + 1, n_tokens + len(script)
+    every = [one for own in timed.values() for one in own]
+    prefill, decode = (sum(getattr(one.split, name) for one in every) for name in ("prefill", "decode"))
+    scale = decode / rests if rests else prefill / firsts
+    start = max(0.0, prefill - scale * firsts) / n_answers
+    extra = sum(one.asked for one in every) - prefill - decode - scale * (checked - plain)
+    exit_head = max(0.0, scale * costs.exit_heads["full"] + extra / n_tokens)
+    found = {}
+    for task, own in timed.items():
+        recorded = answers[task]
+        positions = int((recorded.prompts[recorded.answers] + recorded.places).max())
+        pieces = vars(placement_costs(costs, positions=positions, answer=0.0))
+        scaled = {name: value * scale for name, value in pieces.items()}
+        vision = sum(one.split.vision for one in own) / len(own)
+        found[task] = PlacementCosts(**scaled | {"exit_head": exit_head, "answer": vision + start})
+    return found
 
 
 def _labels(encoder: SampleEncoder, sample: Sample, tokens: Sequence[int]) -> list[int]:

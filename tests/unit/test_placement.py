@@ -12,7 +12,7 @@ from free_dist.config import UserError
 from free_dist.evaluation.arms import Split
 from free_dist.evaluation.cost_model import DecodeCosts, ExitSetting, token_costs
 from free_dist.evaluation.placement_run import shared_thresholds
-from free_dist.evaluation.recording import RecordedAnswers, anchored_costs, placement_costs
+from free_dist.evaluation.recording import RecordedAnswers, Timed, anchored_costs, placement_costs
 from free_dist.exits.placement import (
     Choice,
     Placement,
@@ -174,12 +174,24 @@ def test_anchored_costs_give_full_depth_the_time_it_took() -> None:
         confidences=recording.confidences,
         named=np.zeros((4, tokens), dtype=int),
     )
-    spent = [Split(vision=2.0 + i, prefill=10.0 * i, decode=5.0) for i in range(5)]
-    anchored = anchored_costs(costs, answers, spent)
+    # What the pieces say, 1.5 times as slow, with 0.3 more per check and 2 seconds to start an answer.
+    timed = []
+    setting = ExitSetting(layers=(4,))
+    for number in range(5):
+        script = [6] * int((recording.answers == number).sum())
+        prompt = int(answers.prompts[number])
+        plain, checked = (
+            [1.5 * sum(parts.values()) for parts in token_costs(costs, exits, script, prompt=prompt)]
+            for exits in (None, setting)
+        )
+        split = Split(vision=3.0 + number, prefill=2.0 + plain[0], decode=sum(plain[1:]))
+        timed.append(Timed(split, 2.0 + sum(checked) + 0.3 * len(script)))
+    anchored = anchored_costs(costs, {"vqa": answers}, {"vqa": timed}, exit_layer=4)["vqa"]
     table = search(answers.recording(), anchored, LEVELS, max_exits=1, max_harm=[0.0])
-    assert full_seconds(table) == pytest.approx(sum(sum(split) for split in spent))
-    plain = placement_costs(costs, positions=20, answer=0.0)
-    assert anchored.exit_head / anchored.block[3] == pytest.approx(plain.exit_head / plain.block[3])
+    assert full_seconds(table) == pytest.approx(sum(sum(one.split) for one in timed))
+    assert anchored.exit_head == pytest.approx(1.5 * costs.exit_heads["full"] + 0.3)
+    assert anchored.answer == pytest.approx(5.0 + 2.0)
+    assert anchored.block[4] == pytest.approx(1.5 * costs.block[4])
 
 
 def test_a_restricted_search_is_the_search_on_these_blocks_alone() -> None:
