@@ -312,6 +312,7 @@ def measure(
             "every set's thresholds and variant come from the same search restricted to its blocks; several tasks count alike, "
             "each relative to its own full depth; a threshold above 1 switches an exit off"
         ),
+        "costs": {one.variant.name: {task: _milliseconds(own) for task, own in one.costs.items()} for one in found.recorded},
         "tasks": {task: entries([i]) for i, task in enumerate(found.tasks)},
     }  # fmt: skip
 
@@ -347,6 +348,13 @@ def _entry(placed: Placed, found: Found, numbers: Sequence[int]) -> dict[str, An
         "quality_ratio": None,
         "n": 0,
     }
+
+
+def _milliseconds(costs: PlacementCosts) -> dict[str, float]:
+    """What the search took for granted, for whoever reads the file."""
+    pieces = {"block": costs.block[1], "exit_transformer": costs.exit_transformer[1]}
+    pieces |= {name: getattr(costs, name) for name in ("exit_head", "head", "token", "segment", "answer")}
+    return {f"{name}_ms": 1e3 * float(seconds) for name, seconds in pieces.items()}
 
 
 def _thresholds(placement: Placement, layers: Sequence[int]) -> list[float]:

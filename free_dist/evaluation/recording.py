@@ -216,13 +216,13 @@ def anchored_costs(
     start = max(0.0, prefill - scale * firsts) / n_answers
     extra = sum(one.asked for one in every) - prefill - decode - scale * (checked - plain)
     exit_head = max(0.0, scale * costs.exit_heads["full"] + extra / n_tokens)
+    vision = sum(one.split.vision for one in every) / n_answers
     found = {}
-    for task, own in timed.items():
+    for task in timed:
         recorded = answers[task]
         positions = int((recorded.prompts[recorded.answers] + recorded.places).max())
         pieces = vars(placement_costs(costs, positions=positions, answer=0.0))
         scaled = {name: value * scale for name, value in pieces.items()}
-        vision = sum(one.split.vision for one in own) / len(own)
         found[task] = PlacementCosts(**scaled | {"exit_head": exit_head, "answer": vision + start})
     return found
 
