@@ -194,7 +194,7 @@ def anchored_costs(
 
     Pieces measured alone and whole answers differ: by caches, by what starting an answer takes, and unlike on a busy machine.  So
     blocks are scaled to full depth's tokens after the first, what its first token takes beyond that is charged per answer,
-    and an exit's head and decision are what asking the exit after ``exit_layer`` in vain really added.  No exit emits
+    and an exit's head and decision are at least what asking the exit after ``exit_layer`` in vain really added.  No exit emits
     in any of these answers, so speeds with exits remain predictions.
     """
     setting = ExitSetting(layers=(exit_layer,))
@@ -215,7 +215,8 @@ def anchored_costs(
     scale = decode / rests if rests else prefill / firsts
     start = max(0.0, prefill - scale * firsts) / n_answers
     extra = sum(one.asked for one in every) - prefill - decode - scale * (checked - plain)
-    exit_head = max(0.0, scale * costs.exit_heads["full"] + extra / n_tokens)
+    # Never less than the pieces say: the difference of two whole answers is a noisy measure.
+    exit_head = scale * costs.exit_heads["full"] + max(0.0, extra) / n_tokens
     vision = sum(one.split.vision for one in every) / n_answers
     found = {}
     for task in timed:
