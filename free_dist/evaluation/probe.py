@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from free_dist.backbones import Backbone
+from free_dist.backbones import Backbone, BackboneFeatures
 from free_dist.config import ConfigError, Recipe
 from free_dist.data.samples import IGNORE, Batch, SampleEncoder
 from free_dist.data.stream import split_samples
@@ -79,11 +79,33 @@ class Probe:
         return {"task": self.task, "tokens": self.tokens, "curves": curves}
 
 
+def scored_positions(backbone: Backbone, batch: Batch) -> Tensor:
+    """[B, T], the positions that are scored: those of the answers' own tokens."""
+    return (batch.targets != IGNORE) & (batch.targets != backbone.layout.eos_token_id)
+
+
+def all_blocks(backbone: Backbone, batch: Batch) -> BackboneFeatures:
+    """One forward with the hidden states after every block."""
+    return backbone(**batch.inputs(), exit_layers=range(1, backbone.n_blocks + 1))
+
+
+def lens_tokens(backbone: Backbone, features: BackboneFeatures, kept: Tensor) -> Tensor:
+    """Every block read through final norm and head alone -> tokens [L, N] at the positions ``kept`` [B, T]."""
+    # One block at a time: the logits of all L at once would be the largest tensor by far.
+    return torch.stack([backbone.lm_head(backbone.final_norm(h[kept])).argmax(-1) for h in features.exits])
+
+
+def bank_tokens(bank: ExitBank, features: BackboneFeatures, kept: Tensor) -> Tensor:
+    """What the exits of a bank name, [K, N]; ``features`` has the states after all blocks."""
+    taps = [features.exits[k - 1] for k in bank.exit_layers]
+    exits = bank(taps, kept, memory=features.memory, span=features.span)
+    return torch.stack([bank.logits_of(index, one).argmax(-1) for index, one in enumerate(exits)])
+
+
 @torch.inference_mode()
 def probe_batch(backbone: Backbone, banks: Mapping[str, ExitBank], batch: Batch) -> Probe:
     """Curves of one batch; one forward of the backbone and one of each bank."""
-    features = backbone(**batch.inputs(), exit_layers=range(1, backbone.n_blocks + 1))
-    kept = (batch.targets != IGNORE) & (batch.targets != backbone.layout.eos_token_id)
+    features, kept = all_blocks(backbone, batch), scored_positions(backbone, batch)
     targets = batch.targets[kept]
     final = backbone.lm_head(features.final[kept]).argmax(-1)
 
@@ -91,14 +113,9 @@ def probe_batch(backbone: Backbone, banks: Mapping[str, ExitBank], batch: Batch)
         right, agreeing = (predicted == targets).sum(-1), (predicted == final).sum(-1)
         return Curve(layers=tuple(layers), right=tuple(right.tolist()), agreeing=tuple(agreeing.tolist()))
 
-    # One block at a time: the logits of all L at once would be the largest tensor by far.
-    lens = torch.stack([backbone.lm_head(backbone.final_norm(h[kept])).argmax(-1) for h in features.exits])
-    curves = {LENS: curve(range(1, backbone.n_blocks + 1), lens)}
+    curves = {LENS: curve(range(1, backbone.n_blocks + 1), lens_tokens(backbone, features, kept))}
     for name, bank in banks.items():
-        taps = [features.exits[k - 1] for k in bank.exit_layers]
-        exits = bank(taps, kept, memory=features.memory, span=features.span)
-        predicted = [bank.logits_of(index, one).argmax(-1) for index, one in enumerate(exits)]
-        curves[name] = curve(bank.exit_layers, torch.stack(predicted))
+        curves[name] = curve(bank.exit_layers, bank_tokens(bank, features, kept))
     return Probe(task=batch.task, tokens=len(targets), curves=curves)
 
 

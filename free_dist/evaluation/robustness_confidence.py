@@ -99,7 +99,7 @@ def record_opinions(
         kept = batch.targets != IGNORE
         targets = batch.targets[kept]
         exits = bank(features.exits, kept, memory=features.memory, span=features.span)
-        said = [MaxProbPolicy.measure(bank.logits(one).float()) for one in exits]
+        said = [MaxProbPolicy.measure(bank.logits_of(i, one).float()) for i, one in enumerate(exits)]
         said.append(MaxProbPolicy.measure(backbone.lm_head(features.final[kept]).float()))
         tokens = torch.stack([columns for columns, _ in said], dim=1)
         places = [numbers.setdefault(sample.image, len(numbers)) for sample in chunk]

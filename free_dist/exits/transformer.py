@@ -158,6 +158,27 @@ class ExitBank(nn.Module):
         bank._trainable = {name for name, _ in bank.transformers.named_parameters()}
         return bank
 
+    def subset(self, exit_layers: Sequence[int]) -> ExitBank:
+        """Some of these exits as a bank of their own, which decodes as this one does with the others switched off.
+
+        Weights are shared.  Raises ConfigError for a layer without an exit.
+        """
+        missing = [k for k in exit_layers if k not in self.exit_layers]
+        if missing:
+            raise ConfigError(
+                f"exits.exit_layers={list(exit_layers)}: no exit after {missing}; there are {list(self.exit_layers)}"
+            )
+        check_exit_layers(exit_layers, max(self.exit_layers))
+        rows = [self.exit_layers.index(k) for k in exit_layers]
+        bank = copy.copy(self)
+        bank._modules = dict(self._modules)
+        bank.exit_layers = tuple(exit_layers)
+        bank.transformers = nn.ModuleList(self.transformers[i] for i in rows).train(self.training)
+        new = {str(i): str(place) for place, i in enumerate(rows)}
+        parts = [name.partition(".") for name in self._trainable]
+        bank._trainable = {f"{new[number]}.{rest}" for number, _, rest in parts if number in new}
+        return bank
+
 
 def check_exit_layers(exit_layers: Sequence[int], n_blocks: int) -> None:
     """Raise ConfigError unless the layers are strictly increasing and lie in 1..L."""

@@ -46,7 +46,7 @@ def answer_drift(
     kept = torch.zeros(features.final.shape[:2], dtype=torch.bool, device=prompt.device)
     kept[:, -answer.shape[1] :] = True
     exits = bank(features.exits, kept, memory=features.memory, span=features.span)
-    confidences = {k: _confidences(bank.logits(one)) for k, one in zip(bank.exit_layers, exits, strict=True)}
+    confidences = {k: _confidences(logits) for k, logits in zip(bank.exit_layers, bank.exit_logits(exits), strict=True)}
     final = torch.softmax(backbone.lm_head(features.final[kept]).float(), dim=-1)
     lost = (final.amax(dim=-1) - final.gather(1, answer.T)[:, 0]).tolist()
     return [
