@@ -135,14 +135,14 @@ class CandidateScorer:
         kept = wanted >= 0
         targets = wanted[kept][:, None]  # [M, 1]
         rows = candidates[:, None].expand_as(wanted)[kept]
-        head, depth = self.backbone.lm_head, self.backbone.n_blocks
-        full = _log_likelihood(head(features[0][kept]), targets)
+        depth = self.backbone.n_blocks
+        full = _log_likelihood(self.backbone.lm_head(features[0][kept]), targets)
         read = [(full, torch.full_like(rows, depth))]
         place = 1
         for method, bank in self.banks.items():
             likelihoods, confidences = [], []
-            for feature in features[place : place + len(bank.exit_layers)]:
-                logits = head(feature[kept])
+            for index, feature in enumerate(features[place : place + len(bank.exit_layers)]):
+                logits = bank.logits_of(index, feature[kept])
                 likelihoods.append(_log_likelihood(logits, targets))
                 measured = MaxProbPolicy.measure(_widened(logits))[1]
                 confidences.append(torch.tensor(measured, dtype=torch.float64, device=logits.device))
