@@ -58,7 +58,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	else $(BIN)/pip install "$(TORCH)+cpu" || { \
 	    echo "no CPU build of torch in the configured indexes: taking the ordinary one (see TORCH_INSTALL in the Makefile)"; \
 	    $(BIN)/pip install "$(TORCH)"; }; fi
-	$(BIN)/pip install -c constraints.txt -e '.[eval,mpi,jpeg,dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[eval,java,mpi,jpeg,dev]'
 	touch $@
 
 smollm2: models/smollm2
