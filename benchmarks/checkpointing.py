@@ -24,14 +24,10 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from monitoring import sections
+from monitoring import embedded_engines
 
 from free_dist.config import DataConfig, LossConfig, Recipe, TrainingConfig
-from free_dist.data.pretrained import load_pretrained
-from free_dist.data.stream import training_batches
-from free_dist.distributed import World, distributed_session, seed_everything
-from free_dist.engines import build_engines
-from free_dist.exits import ExitBank, FeatureClassifiers
+from free_dist.distributed import World, distributed_session
 from free_dist.training.checkpoint import Checkpoints
 from free_dist.training.checkpoint_state import pieces
 from free_dist.training.step import adversarial_step
@@ -55,14 +51,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, directory: Path, world: World) -> dict[str, Any]:
     """Time the three kinds of turns."""
     recipe = Recipe(data=DataConfig(root=str(arguments.data), tasks={"vqa": 1.0}), loss=LossConfig())
-    seed_everything(0)
-    backbone, encoder = load_pretrained(recipe.backbone.path)
-    bank = ExitBank(backbone, recipe.exits.exit_layers)
-    classifiers = FeatureClassifiers(len(bank.exit_layers), backbone.hidden_size, 256)
-    engines = build_engines(backbone, bank, classifiers, sections(arguments.rows), lambda step: 1.0)
-    engines.exits.train()
-    batches = training_batches(recipe.data, encoder, seed=0, micro_batch_size=arguments.rows)
-    fixed = [next(batches).to(world.device) for _ in range(arguments.steps)]
+    engines, _, fixed = embedded_engines(recipe, rows=arguments.rows, batches=arguments.steps, world=world)
     assert engines.discriminators is not None
     trained = {"exits": engines.exits, "discriminators": engines.discriminators}
     savers = {

@@ -22,9 +22,10 @@ import torch
 
 from free_dist.config import DataConfig, Recipe, TrainingConfig
 from free_dist.data.pretrained import load_pretrained
+from free_dist.data.samples import Batch, SampleEncoder
 from free_dist.data.stream import training_batches
-from free_dist.distributed import all_reduce_sum, distributed_session, seed_everything
-from free_dist.engines import build_engines
+from free_dist.distributed import World, all_reduce_sum, distributed_session, seed_everything
+from free_dist.engines import Engines, build_engines
 from free_dist.exits import ExitBank, FeatureClassifiers
 from free_dist.monitor import Monitor
 from free_dist.training.run_watch import RunWatch
@@ -47,21 +48,15 @@ def main() -> None:
         print(json.dumps(measure(arguments, Path(run_dir), world)))
 
 
-def measure(arguments: argparse.Namespace, run_dir: Path, world: Any) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, run_dir: Path, world: World) -> dict[str, Any]:
     """Time both kinds of turns."""
     recipe = Recipe(
         run_dir=str(run_dir),
         data=DataConfig(root=str(arguments.data), tasks={"vqa": 1.0}),
         training=TrainingConfig(max_steps=10**6, log_every=arguments.log_every),
     )
-    seed_everything(0)
-    backbone, encoder = load_pretrained(recipe.backbone.path)
-    bank = ExitBank(backbone, recipe.exits.exit_layers)
-    classifiers = FeatureClassifiers(len(bank.exit_layers), backbone.hidden_size, 256)
-    engines = build_engines(backbone, bank, classifiers, sections(arguments.rows), lambda step: 1.0)
-    engines.exits.train()
-    batches = training_batches(recipe.data, encoder, seed=0, micro_batch_size=arguments.rows)
-    fixed = [next(batches).to(world.device) for _ in range(arguments.log_every)]
+    engines, encoder, fixed = embedded_engines(recipe, rows=arguments.rows, batches=arguments.log_every, world=world)
+    exit_layers = engines.exits.module.exit_layers
     clock = time.perf_counter if world.device.type == "cuda" else time.process_time
     seconds: dict[bool, list[float]] = {True: [], False: []}
     inside = []
@@ -99,7 +94,7 @@ def measure(arguments: argparse.Namespace, run_dir: Path, world: Any) -> dict[st
                 else:
                     report = adversarial_step(engines, batch, recipe.loss, measure=measured)
                 monitor.advance(samples=arguments.rows)
-            values = _scalars(report, bank.exit_layers, engines, batch.task)
+            values = _scalars(report, exit_layers, engines, batch.task)
             start = clock()
             if watched:
                 values |= watch.measured()
@@ -126,6 +121,20 @@ def measure(arguments: argparse.Namespace, run_dir: Path, world: Any) -> dict[st
         "log_every": arguments.log_every,
         "device": world.device.type,
     }
+
+
+def embedded_engines(
+    recipe: Recipe, *, rows: int, batches: int, world: World
+) -> tuple[Engines, SampleEncoder, list[Batch]]:
+    """Untrained exits of the embedded backbone on three engines, and some batches of training data for them."""
+    seed_everything(0)
+    backbone, encoder = load_pretrained(recipe.backbone.path)
+    bank = ExitBank(backbone, recipe.exits.exit_layers)
+    classifiers = FeatureClassifiers(len(bank.exit_layers), backbone.hidden_size, 256)
+    engines = build_engines(backbone, bank, classifiers, sections(rows), lambda step: 1.0)
+    engines.exits.train()
+    stream = training_batches(recipe.data, encoder, seed=0, micro_batch_size=rows)
+    return engines, encoder, [next(stream).to(world.device) for _ in range(batches)]
 
 
 def sections(rows: int) -> dict[str, dict[str, Any]]:

@@ -108,6 +108,14 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def open_share(text: str) -> float:
+    """A command-line value strictly between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: want a number between 0 and 1, such as 0.01")
+    return value
+
+
 def positive_integer(text: str) -> int:
     """A command-line value of at least 1; argparse shows the error."""
     value = int(text)

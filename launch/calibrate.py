@@ -18,6 +18,7 @@ from free_dist.recipe_io import (
     add_recipe_arguments,
     fail_clearly,
     load_recipe,
+    open_share,
     positive_integer,
 )
 
@@ -31,11 +32,11 @@ def main() -> None:
     parser.add_argument("--exits", type=Path, required=True, metavar="DIR", help="exits.safetensors and exits.json")
     parser.add_argument("--task", choices=TASKS, required=True, help="thresholds hold for one task")
     parser.add_argument(
-        "--epsilon", type=share, default=0.01, metavar="LOSS",
+        "--epsilon", type=open_share, default=0.01, metavar="LOSS",
         help="largest expected loss: accuracy points for vqa and dialogue, share of a caption's CIDEr-D (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--delta", type=share, default=0.05, metavar="PROBABILITY",
+        "--delta", type=open_share, default=0.05, metavar="PROBABILITY",
         help="chance that the promise fails; ltt only (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -214,14 +215,6 @@ def thresholds_text(thresholds: tuple[float, ...]) -> str:
     """``0.90000`` where all are equal, else one per exit; ``off`` from 1 up."""
     words = ["off" if threshold >= 1 else f"{threshold:.5f}" for threshold in thresholds]
     return words[0] if len(set(words)) == 1 else " ".join(words)
-
-
-def share(text: str) -> float:
-    """A command-line value strictly between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: want a number between 0 and 1, such as 0.01")
-    return value
 
 
 if __name__ == "__main__":

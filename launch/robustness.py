@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from free_dist.config import TASKS, ConfigError, UserError
-from free_dist.recipe_io import add_device_arguments, fail_clearly, positive_integer
+from free_dist.recipe_io import add_device_arguments, fail_clearly, open_share, positive_integer
 from free_dist.stopping import stop_clearly
 
 
@@ -37,9 +37,11 @@ def main() -> None:
         help="confidence thresholds (default: those of the recipe's evaluation below 1)",
     )  # fmt: skip
     parser.add_argument(
-        "--epsilon", type=share, default=0.05, help="loss that thresholds promise (default: %(default)s)"
+        "--epsilon", type=open_share, default=0.05, help="loss that thresholds promise (default: %(default)s)"
     )
-    parser.add_argument("--delta", type=share, default=0.05, help="chance that they break it (default: %(default)s)")
+    parser.add_argument(
+        "--delta", type=open_share, default=0.05, help="chance that they break it (default: %(default)s)"
+    )
     parser.add_argument(
         "--calibration-samples", type=positive_integer, metavar="N",
         help="samples per task that thresholds are chosen on (default: evaluation.max_samples)",
@@ -143,14 +145,6 @@ def levels(text: str) -> list[float]:
     if not all(0 <= value < 1 for value in values):
         raise argparse.ArgumentTypeError(f"{text}: want numbers from 0 up to, and without, 1")
     return values
-
-
-def share(text: str) -> float:
-    """A command-line value strictly between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: want a number between 0 and 1, such as 0.01")
-    return value
 
 
 if __name__ == "__main__":
