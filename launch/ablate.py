@@ -18,7 +18,8 @@ from pathlib import Path
 
 from free_dist.config import Recipe, UserError, nearest
 from free_dist.recipe_io import add_device_arguments, add_recipe_arguments, fail_clearly, load_recipe
-from free_dist.training.runs import add_launch_arguments, provenance, train_once
+from free_dist.training.run_directory import differing_fields
+from free_dist.training.runs import SETTINGS, add_launch_arguments, provenance, train_once
 
 LAUNCH = Path(__file__).resolve().parent
 BASE_RECIPE = LAUNCH / "recipes" / "ablation.yaml"
@@ -43,6 +44,12 @@ def main() -> None:
         configs = arguments.config or [str(BASE_RECIPE)]
         recipes = {"base": load_recipe(configs, arguments.overrides)}
         recipes |= {name: load_recipe([*configs, str(ABLATIONS[name])], arguments.overrides) for name in names}
+        for name in names:
+            if not differing_fields(recipes["base"], recipes[name], SETTINGS):
+                raise UserError(
+                    f"{name} and the base are the same run: {ABLATIONS[name]} changes what an override or --config sets; leave "
+                    f"that out, or choose other ablations with --only"
+                )
         run(
             recipes, arguments.seeds, arguments.ds_config, arguments.num_gpus, device=arguments.device, dtype=arguments.dtype
         )  # fmt: skip

@@ -178,7 +178,7 @@ def trained_exits(
         same = (
             path
             for path in elsewhere
-            if is_finished(replace(part, run_dir=str(path)), ds_config=ds_config, backbone=backbone, learnt_alike=True)
+            if is_finished(replace(part, run_dir=str(path)), ds_config=ds_config, backbone=backbone)
         )
         found = next(same, None)
         if found is not None:

@@ -66,13 +66,8 @@ def train_bank(
     """
     from free_dist.backbones.embedded import resolve_backbone
 
-    plain = Recipe()
     part = replace(
         recipe,
-        # What comes after training does not make another bank.
-        decoding=plain.decoding,
-        evaluation=plain.evaluation,
-        finetune=plain.finetune,
         run_dir=str(Path(recipe.run_dir) / BANKS / name),
         exits=replace(recipe.exits, exit_layers=list(layers), variant=variant),
         loss=replace(recipe.loss, adversarial_weight=recipe.loss.adversarial_weight if adversarial else 0.0),

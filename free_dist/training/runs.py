@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,17 +89,18 @@ def file_hash(directory: Path, pattern: str = "*.safetensors") -> str:
     return digest.hexdigest()
 
 
-def is_finished(recipe: Recipe, *, ds_config: Path, backbone: Path, learnt_alike: bool = False) -> bool:
-    """Whether the run directory holds a run to its last step with this recipe, distribution file and backbone.
+def learns_alike(recipe: Recipe, run_dir: Path) -> bool:
+    """Whether the recipe of a run directory decides what is learnt as this one does, whatever it decodes and measures."""
+    path = run_dir / RECIPE
+    return path.is_file() and not differing_fields(load_recipe(path), recipe, SETTINGS)
 
-    ``learnt_alike``: the recipe there may differ in what is decoded and measured, but not in what decides what is learnt.
-    """
+
+def is_finished(recipe: Recipe, *, ds_config: Path, backbone: Path) -> bool:
+    """Whether the run directory holds a run to its last step that learnt what this recipe, distribution file and backbone
+    teach."""
     run_dir = Path(recipe.run_dir)
     manifest, distribution = run_dir / EXPORT / EXPORT_MANIFEST, run_dir / DISTRIBUTION
-    if not (manifest.is_file() and distribution.is_file() and (run_dir / RECIPE).is_file()):
-        return False
-    there = load_recipe(run_dir / RECIPE)
-    if differing_fields(there, recipe, SETTINGS) if learnt_alike else there != recipe:
+    if not (manifest.is_file() and distribution.is_file() and learns_alike(recipe, run_dir)):
         return False
     extra = json.loads(manifest.read_text())["extra"]
     return (
@@ -110,10 +111,10 @@ def is_finished(recipe: Recipe, *, ds_config: Path, backbone: Path, learnt_alike
 
 
 def goes_on(recipe: Recipe, *, ds_config: Path, backbone: Path) -> bool:
-    """Whether the run directory holds an unfinished run with this recipe and distribution file, saved on this backbone."""
+    """Whether the run directory holds an unfinished run that learns alike, with this distribution file and this backbone."""
     run_dir = Path(recipe.run_dir)
     distribution = run_dir / DISTRIBUTION
-    if not same_recipe(recipe, run_dir / RECIPE) or not distribution.is_file():
+    if not learns_alike(recipe, run_dir) or not distribution.is_file():
         return False
     saved = sorted((run_dir / CHECKPOINTS).glob("step-????????/manifest.json"))
     return (
@@ -129,15 +130,17 @@ def train_once(
 ) -> tuple[Path, bool]:
     """Train a recipe with the deepspeed launcher unless that was done before; returns (export directory, reused).
 
-    ``backbone`` is the directory behind the recipe's ``backbone.path``.  Goes on with an interrupted run; removes what a run
-    with other settings left in ``recipe.run_dir``.  Raises UserError when the training process fails or is interrupted.
+    ``backbone`` is the directory behind the recipe's ``backbone.path``.  Goes on with an interrupted run; what else stands in
+    ``recipe.run_dir`` is renamed and told.  Raises UserError when the training process fails or is interrupted.
     """
     run_dir = Path(recipe.run_dir)
     export = run_dir / EXPORT
     if is_finished(recipe, ds_config=ds_config, backbone=backbone):
         return export, True
-    if not goes_on(recipe, ds_config=ds_config, backbone=backbone):
-        shutil.rmtree(run_dir, ignore_errors=True)
+    if run_dir.exists() and not goes_on(recipe, ds_config=ds_config, backbone=backbone):
+        aside = next(path for n in count(1) if not (path := run_dir.with_name(f"{run_dir.name}.old-{n}")).exists())
+        run_dir.rename(aside)
+        print(f"{run_dir} held another run, which is now {aside}", flush=True)  # noqa: T201 - launchers' own progress
     wanted = run_dir.parent / f"{run_dir.name}.yaml"
     wanted.parent.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, wanted)

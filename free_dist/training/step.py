@@ -43,7 +43,8 @@ def adversarial_step(
 ) -> dict[str, Tensor]:
     """Train exits and discriminators on one micro-batch; the weights move at the accumulation boundary.
 
-    Both players' gradients are taken at the same weights and both step afterwards, or neither does.  Returns detached
+    Both players' gradients are taken at the same weights and both step afterwards, or neither does; with
+    ``discriminator_steps`` above 1, discriminators have stepped by themselves before.  Returns detached
     tensors: [K] per exit ``task_loss, g_loss, d_loss, d_accuracy_real, d_accuracy_fake`` (the last four when adversarial)
     and, with ``measure``, what :func:`agreement_metrics` gives; what ``health`` measures, if given; scalars ``loss`` and
     ``answer_tokens``; at a boundary also ``stepped`` (1 or 0) and ``grad_norm/exits``, ``grad_norm/discriminators``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from free_dist.config import UserError
 from free_dist.recipe_io import load_recipe
 from free_dist.training.finetune import save_backbone
-from free_dist.training.runs import is_finished
+from free_dist.training.runs import is_finished, train_once
 
 ROOT = Path(__file__).resolve().parents[2]
 DS_CONFIG = ROOT / "ds_configs" / "cpu.json"
@@ -106,6 +108,8 @@ def test_an_interrupted_or_changed_run_is_not_taken_for_finished(finished, tmp_p
     assert not is_finished(
         replace(recipe, loss=replace(recipe.loss, task_weight=2.0)), ds_config=DS_CONFIG, backbone=backbone
     )
+    measured_otherwise = replace(recipe, evaluation=replace(recipe.evaluation, max_samples=1))
+    assert is_finished(measured_otherwise, ds_config=DS_CONFIG, backbone=backbone), "it would learn the same"
     assert not is_finished(recipe, ds_config=DS_CONFIG.with_name("cpu_bf16.json"), backbone=backbone)
     (tmp_path / "model.safetensors").write_bytes(b"another backbone")
     assert not is_finished(recipe, ds_config=DS_CONFIG, backbone=tmp_path)
@@ -119,3 +123,24 @@ def test_an_interrupted_or_changed_run_is_not_taken_for_finished(finished, tmp_p
         assert not is_finished(recipe, ds_config=DS_CONFIG, backbone=backbone)
     finally:
         manifest.write_text(kept)
+
+
+def test_another_run_in_the_way_is_renamed_and_not_removed(finished, tmp_path: Path) -> None:
+    run_dir = tmp_path / "exits"
+    shutil.copytree(finished[0] / "exits", run_dir)
+    recipe = load_recipe(run_dir / "recipe.yaml", [f"run_dir={run_dir}", "loss.task_weight=2"])
+    fails = tmp_path / "fails.py"
+    fails.write_text("raise SystemExit(3)")
+    arguments = {
+        "script": fails,
+        "ds_config": DS_CONFIG,
+        "num_processes": 1,
+        "backbone": finished[0].parent / "backbone",
+    }
+    for number in (1, 2):
+        run_dir.mkdir(exist_ok=True)
+        with pytest.raises(UserError, match="ended with code"):
+            train_once(recipe, **arguments)
+        assert (tmp_path / f"exits.old-{number}").is_dir()
+    old = tmp_path / "exits.old-1" / "export" / "exits.safetensors"
+    assert old.read_bytes() == (finished[0] / "exits" / "export" / "exits.safetensors").read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,6 +68,15 @@ def test_a_recipe_changes_the_base_in_one_thing(path: Path) -> None:
     assert len(different) == 1, different
     assert base["run_dir"] == changed["run_dir"]
     assert path.read_text().startswith("# "), "its first line says what it changes"
+
+
+def test_an_override_that_undoes_an_ablation_is_refused() -> None:
+    finished = subprocess.run(
+        [sys.executable, "launch/ablate.py", "--only", "no_gan", "loss.adversarial_weight=0"],
+        cwd=RECIPES.parents[1], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 2 and "no_gan and the base are the same run" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_exits_of_every_ablation_contain_those_of_the_base() -> None:
