@@ -30,14 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_launch_arguments(parser, ds_config=LAUNCH.parent / "ds_configs" / "cpu.json")
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help=f"ablations beside the base; default: all of {', '.join(ABLATIONS)}"
+        "--only", metavar="NAME,...", help=f"ablations beside the base; default: all of {', '.join(ABLATIONS)}"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
     add_device_arguments(parser)
     add_recipe_arguments(parser, default="launch/recipes/ablation.yaml")
     arguments = parser.parse_intermixed_args()
     with fail_clearly(parser):
-        names = arguments.only or list(ABLATIONS)
+        names = arguments.only.split(",") if arguments.only else list(ABLATIONS)
         for name in names:
             if name not in ABLATIONS:
                 raise UserError(f"--only {name}: no such ablation; did you mean {nearest(name, ABLATIONS)!r}?")
