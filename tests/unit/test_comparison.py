@@ -15,6 +15,7 @@ from free_dist.evaluation.comparison import FIXED, OURS, Setting, contest
 from free_dist.evaluation.comparison_choice import ChoiceAmounts, Chosen, SettingJudge, choose_settings
 from free_dist.evaluation.comparison_report import COLUMNS, markdown, verdict
 from free_dist.evaluation.comparison_run import compare_task, prompted
+from free_dist.evaluation.report_claims import comparison_claims
 from free_dist.exits import ExitBank
 
 LAYERS = (1, 2)
@@ -181,7 +182,7 @@ def test_the_report_says_who_wins_from_the_rows_alone(measured) -> None:
     assert all(row["label"] in text for row in table) and "## Sweep" in text
     ours = next(row for row in table if row["method"] == OURS and row["chosen"])
     better = dict(ours) | {
-        "quality": ours["quality_full"], "calibration_quality_ratio": 1.0, "ours_over_this_interval": [1.2, 1.4]
+        "quality": 0.8, "quality_full": 0.8, "calibration_quality_ratio": 1.0, "ours_over_this_interval": [1.2, 1.4]
     }  # fmt: skip
     other = better | {"method": "ce", "label": "CE", "speed": ours["speed"] + 1, "ours_over_this_interval": [0.5, 0.9]}
     said = verdict([better, other], 0.99)
@@ -193,6 +194,28 @@ def test_the_report_says_who_wins_from_the_rows_alone(measured) -> None:
     # Good on these samples alone, or shown without having been chosen: luck is no win.
     lucky = [row | {"calibration_quality_ratio": ratio} for row, ratio in ((better, 0.9), (other, None))]
     assert verdict(lucky, 0.99)[0] == none
+
+
+def test_the_claim_is_of_a_chosen_method_that_kept_the_quality_on_both_splits() -> None:
+    def row(method: str, speed: float, quality: float, calibration: float | None) -> dict[str, object]:
+        return {
+            "task": "vqa", "method": method, "label": method.upper(), "speed": speed, "quality": quality,
+            "quality_full": 0.8, "calibration_quality_ratio": calibration,
+        }  # fmt: skip
+
+    rows = [
+        row("full", 1.0, 0.8, None),
+        row("hf", 9.0, 0.8, None),
+        row("ours", 1.5, 0.8, 1.0),
+        row("ce", 1.4, 0.8, 1.0),
+    ]
+    lucky = [row("cut", 5.0, 0.8, None), row("calm", 4.0, 0.8, 0.9), row("kl", 3.0, 0.5, 1.0)]
+    (claim,) = comparison_claims({"rows": rows + lucky, "min_quality": 0.99})
+    assert claim == (
+        "vqa: of 5 methods on the same decoder, OURS is the fastest that keeps 99% of the quality, here and on calibration: 1.50."
+    )
+    (claim,) = comparison_claims({"rows": rows[:2] + lucky, "min_quality": 0.95})
+    assert claim == "vqa: none of 3 methods keeps 95% of the quality, here and on calibration."
 
 
 def test_a_setting_is_told_with_its_layers() -> None:
