@@ -30,7 +30,7 @@ from free_dist.decoding.generate import generate
 from free_dist.decoding.policy import ExitPolicy, FixedDepthPolicy, make_policy
 from free_dist.evaluation.benchmark import Arm, Decoded, Prompt
 from free_dist.evaluation.calibration import OFF
-from free_dist.exits import ExitBank
+from free_dist.exits import ExitBank, trained_parameters
 from free_dist.exits.variants import LENS
 
 FIXED = "fixed depth"
@@ -113,7 +113,7 @@ class Method:
     @property
     def trainable_parameters(self) -> int:
         """Numbers that training the exits changes; of all exits of the bank, used or not."""
-        return sum(tensor.numel() for tensor in self.bank.trainable_state_dict().values())
+        return trained_parameters(self.bank)
 
 
 def method_arm(backbone: Backbone, method: Method, setting: Setting, *, max_new_tokens: int) -> Arm:

@@ -66,6 +66,11 @@ class ExitBank(nn.Module):
             )
         self.transformers = nn.ModuleList(transformers)
         self._trainable = {name for name, weight in self.transformers.named_parameters() if weight.requires_grad}
+        self.parameters_per_exit = tuple(
+            sum(weight.numel() for weight in exit_transformer.parameters() if weight.requires_grad)
+            for exit_transformer in self.transformers
+        )
+        """[K], numbers that training an exit changes; they stay what they are when the bank is merged."""
         if copy_frozen:
             final_norm, lm_head = copy.deepcopy(final_norm), copy.deepcopy(lm_head)
         self.final_norm = final_norm.requires_grad_(False)
@@ -173,11 +178,17 @@ class ExitBank(nn.Module):
         bank = copy.copy(self)
         bank._modules = dict(self._modules)
         bank.exit_layers = tuple(exit_layers)
+        bank.parameters_per_exit = tuple(self.parameters_per_exit[i] for i in rows)
         bank.transformers = nn.ModuleList(self.transformers[i] for i in rows).train(self.training)
         new = {str(i): str(place) for place, i in enumerate(rows)}
         parts = [name.partition(".") for name in self._trainable]
         bank._trainable = {f"{new[number]}.{rest}" for number, _, rest in parts if number in new}
         return bank
+
+
+def trained_parameters(bank: ExitBank) -> int:
+    """Numbers that training the exits of a bank changes, also of a merged one: of ``lora`` the updates, not the blocks."""
+    return sum(bank.parameters_per_exit)
 
 
 def check_exit_layers(exit_layers: Sequence[int], n_blocks: int) -> None:
