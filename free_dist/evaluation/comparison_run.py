@@ -199,4 +199,6 @@ def _remark(entry: _Entry, min_quality: float) -> str:
         return ""
     if entry.chosen is None:
         return "not chosen, shown for comparison"
+    if entry.chosen.keeps is None:
+        return "never ran on calibration"
     return "" if entry.chosen.keeps else f"kept {min_quality:.0%} at no setting on calibration: its best"

@@ -13,8 +13,9 @@ from free_dist.data.stream import split_samples
 from free_dist.decoding import generate
 from free_dist.evaluation.comparison import FIXED, OURS, Setting, contest
 from free_dist.evaluation.comparison_choice import ChoiceAmounts, Chosen, SettingJudge, choose_settings
-from free_dist.evaluation.comparison_report import COLUMNS, markdown, verdict
+from free_dist.evaluation.comparison_report import COLUMNS, kept_on_both, markdown, verdict
 from free_dist.evaluation.comparison_run import compare_task, prompted
+from free_dist.evaluation.operating_points import wanted
 from free_dist.evaluation.report_claims import comparison_claims
 from free_dist.exits import ExitBank
 
@@ -91,7 +92,17 @@ def test_one_row_per_exit_layer_of_a_fixed_depth_and_no_method_is_left_out_of_th
             )
     assert set(chosen) == {method.name for method in methods}
     assert all(sum(row["method"] == name and bool(row.get("chosen")) for row in table) == 1 for name in chosen)
-    assert chosen["ours_propagated"] == chosen[OURS]
+    assert chosen["ours_propagated"].setting == chosen[OURS].setting
+
+
+def test_a_method_that_never_ran_on_calibration_has_no_quality_there_and_is_never_named_as_kept(
+    measured, chosen
+) -> None:
+    assert chosen["ours_propagated"].quality_ratio is None and chosen["ours_propagated"].keeps is None
+    (row,) = [row for row in measured[0] if row["method"] == "ours_propagated"]
+    assert row["calibration_quality_ratio"] is None and row["note"].startswith("never ran on calibration")
+    best = row | {"quality": 0.8, "quality_full": 0.8, "speed": 9.0}
+    assert kept_on_both([best], 0.99) == []
 
 
 def test_trained_numbers_are_those_of_the_exits_and_untrained_methods_cost_nothing(measured, tiny_backbone) -> None:
@@ -173,6 +184,24 @@ def test_the_choice_takes_what_keeps_the_quality_and_says_where_nothing_does(
     assert found["cut_lens"].setting == good and found["cut_lens"].keeps
     assert not found[OURS].keeps and found[OURS].quality_ratio == pytest.approx(0.2)
     assert found["self_speculation"].keeps, "what is verified needs no choice by quality"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "min_quality", "keeps"), [(0.992, 0.99, True), (0.988, 0.99, False), (1.0, 1.0, True)]
+)
+def test_a_setting_is_remarked_as_not_kept_only_below_the_wanted_quality(
+    tiny_backbone, tiny_encoder, methods, recipe, monkeypatch, ratio: float, min_quality: float, keeps: bool
+) -> None:
+    monkeypatch.setattr(SettingJudge, "judge", lambda self, method, setting, count: (ratio if method else 1.0, 1.0))
+    found = choose_settings(
+        tiny_backbone, tiny_encoder, methods, recipe, "vqa", min_quality=min_quality, amounts=AMOUNTS,
+        prompted=lambda samples: list(prompted(tiny_backbone, tiny_encoder, samples)),
+    )  # fmt: skip
+    assert (found[OURS].quality_ratio, found[OURS].keeps) == (ratio, keeps)
+
+
+def test_all_of_the_quality_can_be_wanted_and_still_the_fastest_setting_is_taken() -> None:
+    assert wanted(1.0) == 1.0 and wanted(0.99) == pytest.approx(0.995)
 
 
 def test_the_report_says_who_wins_from_the_rows_alone(measured) -> None:
