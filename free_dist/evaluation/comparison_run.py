@@ -100,7 +100,8 @@ def compare_task(
             "ours_over_this": against,
             "ours_over_this_interval": list(against_interval),
         }
-        row["note"] = "; ".join(part for part in (_remark(entry, min_quality), row["note"]) if part)
+        unknown = "trained elsewhere, operations not known" if row["training_flops_per_sample"] is None else ""
+        row["note"] = "; ".join(part for part in (_remark(entry, min_quality), row["note"], unknown) if part)
         if entry.in_table:
             table.append(row)
         if entry.in_sweep:
