@@ -238,7 +238,10 @@ class CalibrationSet:
         def per_image(values: Floats) -> Floats:
             return np.stack([values[units == unit].mean(axis=0) for unit in sorted(set(units.tolist()))])
 
-        work = np.array([[(len(t.tokens), t.blocks + t.exit_calls, t.head_calls) for t in row] for row in traces])
+        per_exit = self._bank.blocks_per_exit
+        work = np.array(
+            [[(len(t.tokens), t.blocks + per_exit * t.exit_calls, t.head_calls) for t in row] for row in traces]
+        )
         tokens, blocks, heads = work.sum(axis=0).T.astype(np.float64)
         costs = (blocks + self._head_cost * heads) / tokens
         quality = per_image(scores).mean(axis=0)

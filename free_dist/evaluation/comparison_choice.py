@@ -102,7 +102,7 @@ class SettingJudge:
                 max_new_tokens=self._limit,
                 **options,
             )
-            calls, per_exit = generation.calls, 0 if method is None else method.blocks_per_exit
+            calls, per_exit = generation.calls, 0 if method is None else method.bank.blocks_per_exit
             self._known[key] = _Decoded(
                 self._encoder.decode(generation[0].tokens),
                 len(generation[0].records),

@@ -105,6 +105,11 @@ class ExitBank(nn.Module):
         """Whether exits read their features with heads of their own, which are then trained too."""
         return any(exit_transformer.own_head is not None for exit_transformer in self.transformers)
 
+    @property
+    def blocks_per_exit(self) -> int:
+        """Blocks that one call of an exit counts as: 1 for an exit transformer that is a block, 0 for what is none."""
+        return int(all(exit_transformer.is_block for exit_transformer in self.transformers))
+
     def logits(self, features: Tensor) -> Tensor:
         """The full model's normed features [..., D] -> logits [..., V] of the frozen head."""
         return self.lm_head(features)

@@ -11,7 +11,9 @@ import torch
 from free_dist.config import DataConfig, DecodingConfig, EvaluationConfig, Recipe
 from free_dist.data.stream import split_samples
 from free_dist.decoding import generate
-from free_dist.evaluation.comparison import FIXED, OURS, Setting, contest
+from free_dist.evaluation.arms import ours
+from free_dist.evaluation.benchmark import exits_arm, run_interleaved
+from free_dist.evaluation.comparison import FIXED, OURS, Method, Setting, contest, method_arm
 from free_dist.evaluation.comparison_choice import ChoiceAmounts, Chosen, SettingJudge, choose_settings
 from free_dist.evaluation.comparison_report import COLUMNS, kept_on_both, markdown, verdict
 from free_dist.evaluation.comparison_run import compare_task, prompted
@@ -165,6 +167,25 @@ def test_a_fixed_depth_leaves_there_for_every_token(tiny_backbone, tiny_encoder,
                 eos_token_id=-1, thresholds=thresholds,
             )  # fmt: skip
             assert found.tokens == always.tokens
+
+
+@pytest.mark.parametrize("variant", ["full", "lora", "bottleneck", "classifier", "lens"])
+def test_every_arm_counts_an_exit_as_a_block_only_where_it_is_one(
+    tiny_backbone, tiny_encoder, recipe, variant: str
+) -> None:
+    bank = ExitBank(tiny_backbone, [1], variant=variant).merged().eval().requires_grad_(False)
+    setting = Setting(used=(0,), threshold=0.0)
+    method = Method(name="it", label="it", bank=bank, policy="max_prob", settings=(setting,))
+    arms = [
+        exits_arm(tiny_backbone, bank, threshold=0.0, max_new_tokens=4),
+        ours(tiny_backbone, bank, method="ours", thresholds=[0.0], max_new_tokens=4).arm,
+        method_arm(tiny_backbone, method, setting, max_new_tokens=4),
+    ]
+    samples = split_samples(recipe.data, "test", "vqa", max_samples=1)
+    (answers,) = run_interleaved(arms, prompted(tiny_backbone, tiny_encoder, samples), warmup=0)
+    for answer in answers:
+        assert answer is not None
+        assert answer.blocks == len(answer.tokens) * (1 + (variant in ("full", "lora")))
 
 
 def test_the_choice_takes_what_keeps_the_quality_and_says_where_nothing_does(
