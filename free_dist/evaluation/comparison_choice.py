@@ -24,7 +24,7 @@ from free_dist.decoding.generate import generate
 from free_dist.evaluation.benchmark import Prompted, run_interleaved
 from free_dist.evaluation.comparison import Contest, Method, Setting, method_arm
 from free_dist.evaluation.operating_points import SLACK, wanted
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.tasks import TaskScorer
 
 Place = tuple[str, Setting]
 """Name of a method, and one of its settings."""
@@ -73,7 +73,7 @@ class SettingJudge:
         if not self.samples:
             raise ConfigError(f"data.root: {recipe.data.root}/calibration has nothing for task {task!r}")
         self._backbone, self._encoder, self._limit = backbone, encoder, recipe.decoding.max_new_tokens
-        self._score = find_task(task).score
+        self._score = TaskScorer(task, recipe.evaluation, only_quality=True).score
         self._known: dict[tuple[str, Setting | None, int], _Decoded] = {}
         self._prefixes: dict[int, torch.Tensor] = {}
         head, block = backbone.shared_modules()[1], backbone.block(1)

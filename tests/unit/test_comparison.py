@@ -17,6 +17,7 @@ from free_dist.evaluation.comparison import FIXED, OURS, Method, Setting, contes
 from free_dist.evaluation.comparison_choice import ChoiceAmounts, Chosen, SettingJudge, choose_settings
 from free_dist.evaluation.comparison_report import COLUMNS, kept_on_both, markdown, verdict
 from free_dist.evaluation.comparison_run import compare_task, prompted
+from free_dist.evaluation.metrics_captions import CaptionSuite
 from free_dist.evaluation.operating_points import wanted
 from free_dist.evaluation.report_claims import comparison_claims
 from free_dist.exits import ExitBank
@@ -95,6 +96,20 @@ def test_one_row_per_exit_layer_of_a_fixed_depth_and_no_method_is_left_out_of_th
     assert set(chosen) == {method.name for method in methods}
     assert all(sum(row["method"] == name and bool(row.get("chosen")) for row in table) == 1 for name in chosen)
     assert chosen["ours_propagated"].setting == chosen[OURS].setting
+
+
+@pytest.mark.parametrize("tokenizer", ["ptb-like", "auto"])
+def test_captions_are_scored_with_the_recipe_s_tokenizer_which_every_row_names(
+    tiny_backbone, tiny_encoder, methods, chosen, measured, recipe: Recipe, tokenizer: str
+) -> None:
+    settings = replace(recipe.evaluation, tasks=["caption"], max_samples=2, caption_tokenizer=tokenizer)
+    table, sweep = compare_task(
+        tiny_backbone, tiny_encoder, methods, chosen, replace(recipe, evaluation=settings), "caption",
+        min_quality=0.99, costs=COSTS, quiet=True,
+    )  # fmt: skip
+    wanted = CaptionSuite.of(settings).tokenizer
+    assert {row["tokenizer"] for row in (*table, *sweep)} == {wanted}
+    assert all("tokenizer" not in row for row in measured[0])
 
 
 def test_a_method_that_never_ran_on_calibration_has_no_quality_there_and_is_never_named_as_kept(
