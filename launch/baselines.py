@@ -33,11 +33,11 @@ def baselines(recipe: Recipe) -> dict[str, dict[str, float]]:
     from free_dist.data.stream import split_samples
     from free_dist.data.visual_cache import use_visual_cache
     from free_dist.evaluation.nearest_neighbour import baseline_answers, image_vectors
-    from free_dist.evaluation.tasks import find_task
+    from free_dist.evaluation.tasks import TaskScorer
 
     disable_progress_bar()
     settings, data = recipe.evaluation, recipe.data
-    tasks = {name: find_task(name) for name in settings.tasks}
+    tasks = {name: TaskScorer(name, settings, only_quality=True) for name in settings.tasks}
     training = {name: split_samples(data, "train", name) for name in tasks}
     asked = {name: split_samples(data, settings.split, name, max_samples=settings.max_samples) for name in tasks}
     tasks = {name: task for name, task in tasks.items() if training[name] and asked[name]}
@@ -50,7 +50,7 @@ def baselines(recipe: Recipe) -> dict[str, dict[str, float]]:
         answers = baseline_answers(training[name], asked[name], vectors)
         references = [sample.references for sample in asked[name]]
         found[name] = {baseline: task.score(given, references).quality for baseline, given in answers.items()}
-        print(f"{name}: {task.quality_name} on {len(references)} samples of {Path(data.root) / settings.split}")
+        print(f"{name}: {task.task.quality_name} on {len(references)} samples of {Path(data.root) / settings.split}")
         for baseline, quality in found[name].items():
             print(f"  {baseline:<28}{quality:.3f}")
     return found

@@ -2,11 +2,13 @@
 """One table like the paper's: our exits and the baselines a reviewer expects, on one frozen backbone and one decoder.
 
     python launch/compare.py launch/recipes/compare.yaml
+    python launch/compare.py runs/quickstart
 
 Trains what is not trained yet (exit transformers with CE+GAN, CE alone and KL alone, and independent classifiers; finished
 runs below --reuse that learnt the same are taken), chooses every method's operating point on the calibration split, and measures
 all of them on the same samples of the recipe's split, interleaved. Writes comparison.json and comparison.md to run_dir. A second
-run goes on where the first one stopped: trainings and whole tasks are kept.
+run goes on where the first one stopped: trainings and whole tasks are kept. A run in the place of the recipe is compared by its
+own recipe, into its own directory, and its own trainings are the first to be taken.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from free_dist.recipe_io import (
     load_recipe,
     positive_integer,
 )
+from free_dist.training.bank_runs import recipe_of
 from free_dist.training.runs import (
     EXPORT,
     EXPORT_MANIFEST,
@@ -49,6 +52,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "classifier": {"loss": {"mode": "supervised", "adversarial_weight": 0.0}, "exits": {"variant": "classifier"}},
 }
 """Training -> what it changes in the recipe."""
+OWN = {"ce_gan": "exits", "ce": "exits_ce"}
+"""Training -> what a run of launch/quickstart.py calls it."""
 
 
 def main() -> None:
@@ -76,26 +81,45 @@ def main() -> None:
     with fail_clearly(parser):
         if not 0 < arguments.min_quality <= 1 or math.isnan(arguments.min_quality):
             raise UserError(f"--min-quality {arguments.min_quality}: want a share above 0, up to 1")
-        # A recipe may stand by itself, as the command is meant to be typed.
-        files = [word for word in arguments.overrides if word.endswith((".yaml", ".yml")) and "=" not in word]
-        overrides = [word for word in arguments.overrides if word not in files]
-        recipe = load_recipe([*(arguments.config or []), *files] or LAUNCH / "recipes" / "compare.yaml", overrides)
+        recipe = _recipe(arguments.overrides, arguments.config or [])
         run(recipe, arguments, shlex.join(["python", "launch/compare.py", *sys.argv[1:]]))
+
+
+def _recipe(words: list[str], configs: list[str]) -> Recipe:
+    """The recipe of ``words``: a run's directory or YAML files by themselves, as the command is meant to be typed, and overrides.
+
+    Raises UserError for a run beside anything else that is a recipe, and for the split that settings are chosen on.
+    """
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    runs = [word for word in words if "=" not in word and Path(word).is_dir()]
+    overrides = [word for word in words if word not in (*files, *runs)]
+    if runs and len(runs) + len(files) + len(configs) > 1:
+        raise UserError(f"{' '.join([*runs, *files, *configs])}: give one run directory, or recipes, not both")
+    if runs:
+        recipe = recipe_of(Path(runs[0]), overrides)
+    else:
+        recipe = load_recipe([*configs, *files] or LAUNCH / "recipes" / "compare.yaml", overrides)
+    if recipe.evaluation.split == "calibration":
+        raise UserError(
+            "evaluation.split=calibration: every method's setting is chosen there, so it cannot judge them any more; "
+            "use evaluation.split=test"
+        )
+    return recipe
 
 
 def run(recipe: Recipe, arguments: argparse.Namespace, command: str) -> Path:
     """Train, choose, measure and write; returns the path of ``comparison.json``."""
     began = time.perf_counter()
+    given = _given_exits(arguments.exits, recipe)
     run_dir = Path(recipe.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if recipe.data.root == DataConfig.root:
         from free_dist.data import easyvqa
 
         easyvqa.prepare(Path(recipe.data.root))
-    given = _given_exits(arguments.exits)
     reuse = arguments.reuse or [Path("runs/quickstart")]
     exports = trained_exits(recipe, arguments.ds_config, arguments.num_gpus, reuse, given)
-    costs = training_costs(recipe, arguments.ds_config, exports)
+    costs = training_costs(recipe, arguments.ds_config, exports, given)
 
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -114,7 +138,9 @@ def run(recipe: Recipe, arguments: argparse.Namespace, command: str) -> Path:
     banks = {name: load_exits(backbone, export) for name, export in exports.items()}
     methods = contest(backbone, banks, recipe.evaluation.thresholds)
     amounts = ChoiceAmounts(samples=arguments.calibration_samples)
-    known = _fingerprint(recipe, arguments, exports)
+    known = _fingerprint(recipe, arguments, exports, given)
+    here = provenance() | {"threads": torch.get_num_threads(), "device": arguments.device}
+    made: dict[str, dict[str, Any]] = {}
     rows: list[dict[str, Any]] = []
     sweep: list[dict[str, Any]] = []
     for task in recipe.evaluation.tasks:
@@ -131,15 +157,23 @@ def run(recipe: Recipe, arguments: argparse.Namespace, command: str) -> Path:
             table, swept = compare_task(
                 backbone, encoder, methods, chosen, recipe, task, min_quality=arguments.min_quality, costs=costs
             )
-            found = {"fingerprint": known, "rows": table, "sweep": swept}
+            found = {"fingerprint": known, "provenance": here, "rows": table, "sweep": swept}
             part.parent.mkdir(exist_ok=True)
             write_atomically(part, json.dumps(found).encode())
+        made[task] = found["provenance"]
         rows += found["rows"]
         sweep += found["sweep"]
     content = {
         "format": FORMAT,
         "command": command,
-        "provenance": provenance() | {"threads": torch.get_num_threads(), "device": arguments.device},
+        # Of when tasks were measured; where that differs, it is told by task.
+        "provenance": {
+            name: value
+            if all(one[name] == value for one in made.values())
+            else "; ".join(f"{one[name]} ({task})" for task, one in made.items())
+            for name, value in (next(iter(made.values())) if made else here).items()
+        },
+        "provenance_by_task": made,
         "recipe": asdict(recipe),
         "min_quality": arguments.min_quality,
         "calibration_samples": arguments.calibration_samples,
@@ -159,7 +193,10 @@ def run(recipe: Recipe, arguments: argparse.Namespace, command: str) -> Path:
 def trained_exits(
     recipe: Recipe, ds_config: Path, num_processes: int, reuse: list[Path], given: dict[str, Path]
 ) -> dict[str, Path]:
-    """Training -> its export: what was ``given``, a finished run that learnt the same, or one that is made now."""
+    """Training -> its export: what was ``given``, a finished run that learnt the same, or one that is made now.
+
+    Trainings of the run directory itself are the first that are looked at, then those below the directories ``reuse``.
+    """
     from free_dist.backbones.embedded import resolve_backbone
 
     backbone = resolve_backbone(recipe.backbone.path)
@@ -174,7 +211,8 @@ def trained_exits(
             exports[name] = given[name]
             continue
         _check_adversarial(name, part)
-        elsewhere = [Path(part.run_dir), *(path for root in reuse for path in sorted(root.glob("*/")))]
+        own = [Path(recipe.run_dir) / OWN[name]] if name in OWN else []
+        elsewhere = [*own, Path(part.run_dir), *(path for root in reuse for path in sorted(root.glob("*/")))]
         same = (
             path
             for path in elsewhere
@@ -192,9 +230,12 @@ def trained_exits(
     return exports
 
 
-def training_costs(recipe: Recipe, ds_config: Path, exports: dict[str, Path]) -> dict[str, dict[str, float | None]]:
+def training_costs(
+    recipe: Recipe, ds_config: Path, exports: dict[str, Path], given: dict[str, Path]
+) -> dict[str, dict[str, float | None]]:
     """Training -> ``training_seconds`` by its log, and ``training_flops_per_sample`` of its micro-batches, run dry.
 
+    What was ``given`` may have been trained by another recipe: its operations are None, not known.
     Lengths are those of a batch of real samples per task; tasks count by their weights in the recipe.
     """
     import random
@@ -226,6 +267,12 @@ def training_costs(recipe: Recipe, ds_config: Path, exports: dict[str, Path]) ->
         lengths[task] = batch.input_ids.shape[1] - opening, max(1, round(answers / len(samples[:rows])))
     costs: dict[str, dict[str, float | None]] = {}
     for name, changes in VARIANTS.items():
+        if name in given:
+            costs[name] = {
+                "training_seconds": training_seconds(exports[name].parent),
+                "training_flops_per_sample": None,
+            }
+            continue
         part = replace(
             recipe, **{section: replace(getattr(recipe, section), **fields) for section, fields in changes.items()}
         )
@@ -242,8 +289,10 @@ def training_costs(recipe: Recipe, ds_config: Path, exports: dict[str, Path]) ->
     return costs
 
 
-def _given_exits(texts: list[str]) -> dict[str, Path]:
-    """``ce=DIR`` -> {"ce": DIR}; raises UserError."""
+def _given_exits(texts: list[str], recipe: Recipe) -> dict[str, Path]:
+    """``ce=DIR`` -> {"ce": DIR}; raises UserError, also where not all exits of the comparison stand after the same blocks."""
+    from free_dist.exits.manifest import read_exits_manifest
+
     found = {}
     for text in texts:
         name, _, directory = text.partition("=")
@@ -252,6 +301,16 @@ def _given_exits(texts: list[str]) -> dict[str, Path]:
         if not (Path(directory) / EXPORT_MANIFEST).is_file():
             raise MissingFileError(f"--exits {text}: no {EXPORT_MANIFEST} there: give the export directory of a run")
         found[name] = Path(directory)
+    layers = {f"--exits {name}={path}": list(read_exits_manifest(path).exit_layers) for name, path in found.items()}
+    if found and len(found) < len(VARIANTS):
+        layers["the recipe's exits.exit_layers"] = list(recipe.exits.exit_layers)
+    first, *others = layers.items() or [("", [])]
+    for where, own in others:
+        if own != first[1]:
+            raise UserError(
+                f"{first[0]} has exits after blocks {first[1]}, {where} after {own}: methods are compared at the same blocks; "
+                "give exports with the same, or set exits.exit_layers to theirs"
+            )
     return found
 
 
@@ -262,14 +321,16 @@ def _check_adversarial(name: str, part: Recipe) -> None:
         )
 
 
-def _fingerprint(recipe: Recipe, arguments: argparse.Namespace, exports: dict[str, Path]) -> str:
+def _fingerprint(
+    recipe: Recipe, arguments: argparse.Namespace, exports: dict[str, Path], given: dict[str, Path]
+) -> str:
     """Equal for runs that would measure the same: settings and trained weights, not the code."""
     from free_dist.exits.export import read_exits_manifest
 
     weights = {name: read_exits_manifest(export).weights_sha256 for name, export in exports.items()}
     settings = asdict(recipe) | {"run_dir": "", "training": "", "alarms": "", "finetune": ""}
     settings["evaluation"] = asdict(recipe.evaluation) | {"tasks": ""}
-    flags = [arguments.min_quality, arguments.calibration_samples, arguments.device, arguments.dtype]
+    flags = [arguments.min_quality, arguments.calibration_samples, arguments.device, arguments.dtype, sorted(given)]
     return hashlib.sha256(json.dumps([settings, weights, flags], sort_keys=True).encode()).hexdigest()
 
 

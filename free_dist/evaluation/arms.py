@@ -90,7 +90,7 @@ def ours(
     }
 
     def decode(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Decoded:
-        return decoded(generate(backbone, bank, pixel_values, prompt_ids, instruction=instruction, **settings))
+        return decoded(generate(backbone, bank, pixel_values, prompt_ids, instruction=instruction, **settings), bank)
 
     @torch.inference_mode()
     def split(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Split:

@@ -45,7 +45,7 @@ class Answer:
     exits: tuple[int, ...]
     """Per token, the exit layer that emitted it; the number of blocks L for full depth."""
     blocks: int
-    """Block calls made for all tokens, prefill included; an exit transformer's call counts as one block."""
+    """Block calls made for all tokens, prefill included; the call of an exit that is a block counts as one."""
     seconds: float
     """Wall-clock time."""
 
@@ -105,7 +105,7 @@ def exits_arm(
 
     def decode(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Decoded:
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "instruction": instruction}
-        return decoded(generate(backbone, bank, pixel_values, prompt_ids, thresholds=threshold, **settings))
+        return decoded(generate(backbone, bank, pixel_values, prompt_ids, thresholds=threshold, **settings), bank)
 
     return Arm(method=method, threshold=threshold, decode=decode)
 
@@ -159,11 +159,12 @@ def hf_generate(
     return Decoded(tokens, [backbone.n_blocks] * len(tokens), backbone.n_blocks * len(tokens))
 
 
-def decoded(generation: Generation) -> Decoded:
-    """Rows of a generation one after the other; a call that rows share is counted once."""
+def decoded(generation: Generation, bank: ExitBank | None = None) -> Decoded:
+    """Rows of a generation one after the other; a call that rows share is counted once, and exits as ``bank`` counts them."""
     tokens = [token for row in generation for token in row.tokens]
     exits = [row.n_blocks if layer is None else layer for row in generation for layer in row.exit_layers]
-    return Decoded(tokens, exits, generation.calls.block_calls + generation.calls.exit_calls)
+    asked = 0 if bank is None else bank.blocks_per_exit * generation.calls.exit_calls
+    return Decoded(tokens, exits, generation.calls.block_calls + asked)
 
 
 def run_interleaved(

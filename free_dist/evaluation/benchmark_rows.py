@@ -13,7 +13,7 @@ from typing import Any
 from free_dist.evaluation.arms import Contestant
 from free_dist.evaluation.benchmark import Answer, median_with_interval, ratio_with_interval
 from free_dist.evaluation.cost_model import DecodeCosts, ExitSetting, token_costs
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.tasks import TaskScorer
 
 EXACT = ("full", "full, runner", "hf", "hf_compiled")
 """Exact decoders without exits; the fastest of them is the baseline."""
@@ -51,24 +51,24 @@ def quality_columns(
     texts: Sequence[Sequence[str]],
     references: Sequence[Sequence[str]],
     *,
-    task: str,
+    scorer: TaskScorer,
     n_blocks: int,
 ) -> list[dict[str, Any]]:
     """Per arm what its answers are worth: ``answers`` and their ``texts`` [N][A]; arm 0 is the full model."""
-    scorer = find_task(task).score
     columns = list(zip(*answers, strict=True))
-    scores = [scorer(own, references).quality for own in zip(*texts, strict=True)]
+    scores = [scorer.score(own, references) for own in zip(*texts, strict=True)]
     found = []
-    for own, quality in zip(columns, scores, strict=True):
+    for own, score in zip(columns, scores, strict=True):
         tokens = sum(len(answer.tokens) for answer in own)
         found.append(
             {
-                "quality": quality,
-                "quality_ratio": quality / scores[0] if scores[0] else None,
+                "quality": score.quality,
+                "quality_ratio": score.quality / scores[0].quality if scores[0].quality else None,
                 "identical": sum(a.tokens == b.tokens for a, b in zip(own, columns[0], strict=True)),
                 "tokens": tokens,
                 "layer_ratio (a count of blocks, not a speed)": n_blocks * tokens / sum(a.blocks for a in own),
             }
+            | score.tokenizer
         )
     return found
 

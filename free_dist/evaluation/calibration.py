@@ -42,7 +42,7 @@ from free_dist.data.stream import split_samples
 from free_dist.decoding.calibrate import Floats, descent_path, replay, undominated
 from free_dist.decoding.generate import generate
 from free_dist.decoding.policy import Decision, MaxProbPolicy, Scores
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
 from free_dist.exits.export import ExportError, read_exits_manifest
 
@@ -152,7 +152,7 @@ class CalibrationSet:
             )
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r}: want one of {', '.join(LOSSES)}")
-        self.task = find_task(task)
+        self._scorer = TaskScorer(task, recipe.evaluation, only_quality=True)
         self.samples = split_samples(recipe.data, "calibration", task, max_samples=recipe.evaluation.max_samples)
         if not self.samples:
             raise ConfigError(f"data.root: {recipe.data.root}/calibration has nothing for task {task!r}")
@@ -228,17 +228,20 @@ class CalibrationSet:
         traces = [[self._trace(s, course) for course in courses] for s in self._progress(rows, "decode candidates")]
         references = [self.samples[s].references for s in rows]
         texts = [[self._encoder.decode(row[c].tokens) for row in traces] for c in range(len(courses))]
-        scores = np.array([self.task.score(answers, references).per_sample for answers in texts]).T  # [S, 1 + C]
+        scores = np.array([self._scorer.score(answers, references).per_sample for answers in texts]).T  # [S, 1 + C]
         if self._loss == "agreement":
             losses = np.array([[float(trace.tokens != row[0].tokens) for trace in row] for row in traces])
         else:
-            losses = harm(scores[:, :1], scores, relative=self.task.name == "caption")
+            losses = harm(scores[:, :1], scores, relative=self._scorer.task.name == "caption")
         units = self.images[rows]
 
         def per_image(values: Floats) -> Floats:
             return np.stack([values[units == unit].mean(axis=0) for unit in sorted(set(units.tolist()))])
 
-        work = np.array([[(len(t.tokens), t.blocks + t.exit_calls, t.head_calls) for t in row] for row in traces])
+        per_exit = self._bank.blocks_per_exit
+        work = np.array(
+            [[(len(t.tokens), t.blocks + per_exit * t.exit_calls, t.head_calls) for t in row] for row in traces]
+        )
         tokens, blocks, heads = work.sum(axis=0).T.astype(np.float64)
         costs = (blocks + self._head_cost * heads) / tokens
         quality = per_image(scores).mean(axis=0)
@@ -257,7 +260,9 @@ class CalibrationSet:
         return np.flatnonzero(np.isin(self.images, list(images))).tolist()
 
     def _progress(self, rows: list[int], what: str) -> Iterable[int]:
-        return tqdm(rows, desc=f"{what} ({self.task.name})", unit="sample", disable=self._quiet, mininterval=1.0)
+        return tqdm(
+            rows, desc=f"{what} ({self._scorer.task.name})", unit="sample", disable=self._quiet, mininterval=1.0
+        )
 
     def _trace(self, s: int, thresholds: Thresholds) -> Trace:
         # Whatever switches an exit off is the same to the decoder.

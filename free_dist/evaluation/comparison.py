@@ -28,9 +28,9 @@ from torch import Tensor
 from free_dist.backbones import Backbone, Instruction
 from free_dist.decoding.generate import generate
 from free_dist.decoding.policy import ExitPolicy, FixedDepthPolicy, make_policy
-from free_dist.evaluation.benchmark import Arm, Decoded, Prompt
+from free_dist.evaluation.benchmark import Arm, Decoded, Prompt, decoded
 from free_dist.evaluation.calibration import OFF
-from free_dist.exits import ExitBank
+from free_dist.exits import ExitBank, trained_parameters
 from free_dist.exits.variants import LENS
 
 FIXED = "fixed depth"
@@ -106,25 +106,18 @@ class Method:
         }
 
     @property
-    def blocks_per_exit(self) -> int:
-        """Blocks that one call of an exit counts as: 1 for an exit transformer that is a block, 0 for what is none."""
-        return int(all(exit_transformer.is_block for exit_transformer in self.bank.transformers))
-
-    @property
     def trainable_parameters(self) -> int:
         """Numbers that training the exits changes; of all exits of the bank, used or not."""
-        return sum(tensor.numel() for tensor in self.bank.trainable_state_dict().values())
+        return trained_parameters(self.bank)
 
 
 def method_arm(backbone: Backbone, method: Method, setting: Setting, *, max_new_tokens: int) -> Arm:
     """A method at one setting as an arm for the paired clock."""
     options = method.options(setting) | {"max_new_tokens": max_new_tokens}
-    bank, blocks_per_exit = method.bank, method.blocks_per_exit
 
     def decode(pixel_values: Tensor, prompt_ids: Prompt, instruction: Instruction | None = None) -> Decoded:
-        (row,) = answer = generate(backbone, bank, pixel_values, prompt_ids, instruction=instruction, **options)
-        exits = [row.n_blocks if layer is None else layer for layer in row.exit_layers]
-        return Decoded(row.tokens, exits, answer.calls.block_calls + blocks_per_exit * answer.calls.exit_calls)
+        answer = generate(backbone, method.bank, pixel_values, prompt_ids, instruction=instruction, **options)
+        return decoded(answer, method.bank)
 
     return Arm(method=method.name, threshold=setting.threshold, decode=decode)
 

@@ -23,8 +23,8 @@ from free_dist.data.stream import split_samples
 from free_dist.decoding.generate import generate
 from free_dist.evaluation.benchmark import Prompted, run_interleaved
 from free_dist.evaluation.comparison import Contest, Method, Setting, method_arm
-from free_dist.evaluation.operating_points import MARGIN, SLACK
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.operating_points import SLACK, wanted
+from free_dist.evaluation.tasks import TaskScorer
 
 Place = tuple[str, Setting]
 """Name of a method, and one of its settings."""
@@ -51,10 +51,10 @@ class Chosen:
     """The operating point of a method."""
 
     setting: Setting
-    quality_ratio: float
-    """Of the full model's quality, on the calibration samples."""
-    keeps: bool
-    """Whether that is what was wanted; otherwise it is the best the method has."""
+    quality_ratio: float | None
+    """Of the full model's quality, on the calibration samples; None for a method that never ran on them."""
+    keeps: bool | None
+    """Whether that is what was wanted, without the margin; otherwise it is the best the method has.  None: it never ran."""
 
 
 class _Decoded(NamedTuple):
@@ -73,7 +73,7 @@ class SettingJudge:
         if not self.samples:
             raise ConfigError(f"data.root: {recipe.data.root}/calibration has nothing for task {task!r}")
         self._backbone, self._encoder, self._limit = backbone, encoder, recipe.decoding.max_new_tokens
-        self._score = find_task(task).score
+        self._score = TaskScorer(task, recipe.evaluation, only_quality=True).score
         self._known: dict[tuple[str, Setting | None, int], _Decoded] = {}
         self._prefixes: dict[int, torch.Tensor] = {}
         head, block = backbone.shared_modules()[1], backbone.block(1)
@@ -102,7 +102,7 @@ class SettingJudge:
                 max_new_tokens=self._limit,
                 **options,
             )
-            calls, per_exit = generation.calls, 0 if method is None else method.blocks_per_exit
+            calls, per_exit = generation.calls, 0 if method is None else method.bank.blocks_per_exit
             self._known[key] = _Decoded(
                 self._encoder.decode(generation[0].tokens),
                 len(generation[0].records),
@@ -134,7 +134,8 @@ def choose_settings(
     ``prompted`` makes samples ready for the clock.  Raises ConfigError for a task without calibration samples.
     """
     judge = SettingJudge(backbone, encoder, recipe, task, amounts.samples)
-    finalists: dict[Place, tuple[float, bool]] = {}
+    bar = wanted(min_quality)
+    finalists: dict[Place, float] = {}
     for method in methods:
         if not method.settings:
             continue
@@ -143,10 +144,10 @@ def choose_settings(
         full, _ = judge.judge(None, None, amounts.samples)
         judged = {setting: judge.judge(method, setting, amounts.samples) for setting in settings}
         shares = {setting: quality / full if full else 1.0 for setting, (quality, _) in judged.items()}
-        good = [setting for setting in settings if shares[setting] >= min_quality + MARGIN or method.lossless]
+        good = [setting for setting in settings if shares[setting] >= bar or method.lossless]
         cheap = sorted(good, key=lambda setting: judged[setting][1])[: amounts.finalists]
         for setting in cheap or [max(settings, key=lambda setting: shares[setting])]:
-            finalists[method.name, setting] = shares[setting], bool(cheap)
+            finalists[method.name, setting] = shares[setting]
     progress(f"{task}: timing {len(finalists)} finalists")
     limit = recipe.decoding.max_new_tokens
     places = list(finalists)
@@ -159,11 +160,12 @@ def choose_settings(
     chosen: dict[str, Chosen] = {}
     for i in sorted(range(len(places)), key=lambda i: seconds[i]):
         name, setting = places[i]
-        share, keeps = finalists[places[i]]
+        share = finalists[places[i]]
+        keeps = share >= min_quality or methods.named(name).lossless
         chosen.setdefault(name, Chosen(setting=setting, quality_ratio=share, keeps=keeps))
     for method in methods:
         if method.like is not None:
-            chosen[method.name] = chosen[method.like]
+            chosen[method.name] = Chosen(setting=chosen[method.like].setting, quality_ratio=None, keeps=None)
     return {method.name: chosen[method.name] for method in methods}
 
 

@@ -55,14 +55,10 @@ def markdown(content: dict[str, Any]) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]], min_quality: float) -> list[str]:
-    """Who is fastest of those that keep the quality on both splits, and where ours stands; rows of one task.
-
-    A setting that was not chosen, or not for its quality, is no candidate: on these samples alone it may be lucky.
-    """
+    """Who is fastest of those that keep the quality on both splits, and where ours stands; rows of one task."""
     ours = next(row for row in rows if row["method"] == "ce_gan" and row.get("chosen"))
     wanted = min_quality * ours["quality_full"]
-    candidates = [row for row in rows if (row.get("calibration_quality_ratio") or 0.0) >= min_quality]
-    good = sorted((row for row in candidates if row["quality"] >= wanted), key=lambda row: -row["speed"])
+    good = kept_on_both(rows, min_quality)
     said = []
     if good:
         best = good[0]
@@ -83,6 +79,21 @@ def verdict(rows: Sequence[dict[str, Any]], min_quality: float) -> list[str]:
         if names:
             said.append(f"Ours is {what} (paired, 95%): {'; '.join(names)}.")
     return said
+
+
+def kept_on_both(rows: Iterable[dict[str, Any]], min_quality: float) -> list[dict[str, Any]]:
+    """The rows of one task that keep ``min_quality`` of the full model's quality here and on calibration, fastest first.
+
+    A setting that was not chosen, or not for its quality, is no candidate: on these samples alone it may be lucky.
+    """
+    kept = [
+        row
+        for row in rows
+        if (row.get("calibration_quality_ratio") or 0.0) >= min_quality
+        and row["quality_full"] > 0
+        and row["quality"] >= min_quality * row["quality_full"]
+    ]
+    return sorted(kept, key=lambda row: -row["speed"])
 
 
 def tasks_of(rows: Iterable[dict[str, Any]]) -> list[str]:

@@ -22,7 +22,7 @@ from free_dist.data.stream import split_samples
 from free_dist.evaluation.benchmark import Answer, Arm, Prompted, full_arm, hf_arm, ratio_with_interval, run_interleaved
 from free_dist.evaluation.comparison import OURS, Contest, Method, Setting, method_arm
 from free_dist.evaluation.comparison_choice import Chosen
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.tasks import TaskScorer
 
 BASELINES = {"full": "full model, our decoder", "hf": "full model, Hugging Face"}
 """The two full-depth decoders; the faster one is the baseline of speeds."""
@@ -69,6 +69,7 @@ def compare_task(
     ``costs``: training -> ``training_seconds`` and ``training_flops_per_sample``.  Raises ConfigError for a task without samples.
     """
     settings = recipe.evaluation
+    scorer = TaskScorer(task, settings, only_quality=True)
     samples = split_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
     if not samples:
         raise ConfigError(f"evaluation.tasks: {recipe.data.root}/{settings.split} has nothing for task {task!r}")
@@ -79,7 +80,7 @@ def compare_task(
     for found in tqdm(run, desc=f"compare {task}", total=len(samples), unit="sample", disable=quiet, mininterval=1.0):
         answers.append([answer for answer in found if answer is not None])
     columns = list(zip(*answers, strict=True))
-    measured = _measure(task, samples, columns, encoder.decode, backbone.n_blocks)
+    measured = _measure(scorer, samples, columns, encoder.decode, backbone.n_blocks)
     ours = next(
         i
         for i, entry in enumerate(entries)
@@ -100,7 +101,8 @@ def compare_task(
             "ours_over_this": against,
             "ours_over_this_interval": list(against_interval),
         }
-        row["note"] = "; ".join(part for part in (_remark(entry, min_quality), row["note"]) if part)
+        unknown = "trained elsewhere, operations not known" if row["training_flops_per_sample"] is None else ""
+        row["note"] = "; ".join(part for part in (_remark(entry, min_quality), row["note"], unknown) if part)
         if entry.in_table:
             table.append(row)
         if entry.in_sweep:
@@ -129,19 +131,18 @@ def _entries(
 
 
 def _measure(
-    task_name: str,
+    scorer: TaskScorer,
     samples: Sequence[Sample],
     columns: Sequence[Sequence[Answer]],
     decode: Callable[[Sequence[int]], str],
     n_blocks: int,
 ) -> list[dict[str, Any]]:
     """Per arm what its answers are worth and how many blocks they took; ``columns`` [A][N], arm 0 is the full model."""
-    task = find_task(task_name)
     references = [sample.references for sample in samples]
     found = []
     quality_full = 0.0
     for i, column in enumerate(columns):
-        score = task.score([decode(answer.tokens) for answer in column], references)
+        score = scorer.score([decode(answer.tokens) for answer in column], references)
         if i == 0:
             quality_full = score.quality
         n_tokens = sum(len(answer.tokens) for answer in column)
@@ -150,7 +151,7 @@ def _measure(
         _, interval = ratio_with_interval(score.per_sample, [1.0] * len(column))
         found.append(
             {
-                "quality_name": task.quality_name,
+                "quality_name": scorer.task.quality_name,
                 "quality": score.quality,
                 "quality_interval": list(interval),
                 "quality_full": quality_full,
@@ -161,6 +162,7 @@ def _measure(
                 "tokens_per_sample": n_tokens / len(column),
                 "n": len(column),
             }
+            | score.tokenizer
         )
     return found
 
@@ -199,4 +201,6 @@ def _remark(entry: _Entry, min_quality: float) -> str:
         return ""
     if entry.chosen is None:
         return "not chosen, shown for comparison"
+    if entry.chosen.keeps is None:
+        return "never ran on calibration"
     return "" if entry.chosen.keeps else f"kept {min_quality:.0%} at no setting on calibration: its best"

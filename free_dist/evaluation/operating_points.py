@@ -34,7 +34,7 @@ SLACK = 0.1
 """Relative quality that a candidate may lack on few images and still be tried on more."""
 MARGIN = 0.005
 """Relative quality wanted on the calibration split beyond what is wanted of the test split: the best of many candidates is
-in part the luckiest."""
+in part the luckiest.  All of it is the most that can be wanted: see :func:`wanted`."""
 EXACT_THRESHOLDS = (0.5, 0.9)
 """Tried for lossless decoding, where a threshold decides speed alone."""
 
@@ -93,6 +93,11 @@ class Operating:
     def layers(self, bank: ExitBank) -> tuple[int, ...]:
         """Layers of the exits in use."""
         return tuple(bank.exit_layers[i] for i in self.used)
+
+
+def wanted(min_quality: float) -> float:
+    """Relative quality that a chosen setting has on the calibration split, where ``min_quality`` is wanted of the test split."""
+    return min(1.0, min_quality + MARGIN)
 
 
 def operating(bank: ExitBank, threshold: float, used: Iterable[int] | None = None) -> Operating:
@@ -167,7 +172,7 @@ def _cheapest(
         safe = next((i for i in cheap if shares[i] >= 1), int(shares.argmax()))
         left = near[: max(2 * finalists, len(near) // 2)]
         points = [points[i] for i in (left if safe in left else [*left, safe])]
-    kept = [i for i in cheap if shares[i] >= min_quality + MARGIN] or [int(shares.argmax())]
+    kept = [i for i in cheap if shares[i] >= wanted(min_quality)] or [int(shares.argmax())]
     return [points[i] for i in kept[:finalists]]
 
 

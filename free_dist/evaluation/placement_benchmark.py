@@ -22,7 +22,7 @@ from free_dist.evaluation.arms import ours
 from free_dist.evaluation.benchmark import ratio_with_interval
 from free_dist.evaluation.calibration import OFF
 from free_dist.evaluation.operating_points import Model, timed
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
 from free_dist.exits.placement import Placement
 
@@ -47,6 +47,8 @@ class TaskMeasurement:
     placed: dict[str, Measured]
     """Name -> what was measured; placements that are the same share one measurement."""
     quality_name: str
+    tokenizer: dict[str, Any]
+    """``tokenizer``, where the quality depends on one."""
 
 
 def bank_thresholds(bank: ExitBank, placement: Placement) -> tuple[float, ...]:
@@ -90,18 +92,21 @@ def measure_task(
     some_bank = next(iter(placements.values()))[0]
     model = Model(backbone=backbone, encoder=encoder, bank=some_bank, recipe=recipe)
     answers, times = timed(arms, list(model.prompted(samples)), rounds=rounds, deadline=deadline)
-    scorer = find_task(task)
+    scorer = TaskScorer(task, recipe.evaluation, only_quality=True)
     references = [sample.references for sample in samples[: len(answers)]]
     found = []
+    tokenizer: dict[str, Any] = {}
     for place, seconds in enumerate(times):
         own = [row[place] for row in answers]
         score = scorer.score([encoder.decode(answer.tokens) for answer in own], references)
+        tokenizer = score.tokenizer
         same = sum(answer.tokens == row[0].tokens for answer, row in zip(own, answers, strict=True))
         found.append(Measured(seconds=tuple(seconds), scores=score.per_sample, identical=same))
     return TaskMeasurement(
         full=found[0],
         placed={name: found[number.get(key, 0)] for name, key in keys.items()},
-        quality_name=scorer.quality_name,
+        quality_name=scorer.task.quality_name,
+        tokenizer=tokenizer,
     )
 
 
@@ -134,4 +139,6 @@ def measured_columns(tasks: Sequence[TaskMeasurement], name: str, *, against: st
     if against is not None:
         ratio, interval = ratio_with_interval(own, other)
         columns["slower_than_found"], columns["slower_than_found_interval"] = ratio, interval
+    for task in tasks:
+        columns |= task.tokenizer
     return columns

@@ -79,11 +79,9 @@ class Variant:
     @classmethod
     def load(cls, name: str, backbone: Blip2Backbone, export: Path) -> Variant:
         """Raises what :func:`~free_dist.exits.export.load_exits` raises."""
-        apart = load_exits(backbone, export, merged=False)
-        counts = dict.fromkeys(apart.exit_layers, 0)
-        for weight, tensor in apart.trainable_state_dict().items():
-            counts[apart.exit_layers[int(weight.split(".")[1])]] += tensor.numel()
-        return cls(name=name, bank=apart.merged(), parameters=counts)
+        bank = load_exits(backbone, export)
+        counts = dict(zip(bank.exit_layers, bank.parameters_per_exit, strict=True))
+        return cls(name=name, bank=bank, parameters=counts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ STEPS = (
     Step(
         name="comparison with other methods",
         file="comparison.json",
-        command="python launch/compare.py {run}/recipe.yaml",
+        command="python launch/compare.py {run}",
         required=("rows",),
     ),
     Step(

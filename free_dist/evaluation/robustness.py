@@ -32,7 +32,7 @@ from free_dist.data.samples import Sample, SampleEncoder
 from free_dist.data.stream import split_samples
 from free_dist.evaluation.benchmark import Answer, Arm, exits_arm, full_arm, ratio_with_interval
 from free_dist.evaluation.evaluate import SampleResult, answer_samples, task_rows
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
 
 KINDS = ("noise", "blur")
@@ -133,17 +133,18 @@ def measure_corruptions(
         samples = split_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
         if not samples:
             raise ConfigError(f"evaluation.tasks: {recipe.data.root}/{settings.split} has nothing for task {task!r}")
+        scorer = TaskScorer(task, settings, only_quality=True)
         untouched = answer_all(backbone, encoder, arms, samples, what=f"{task}, clean", quiet=quiet)
         clean.append(TaskAnswers(task=task, samples=tuple(samples), arms=tuple(arms), results=tuple(untouched)))
         kinds = dict.fromkeys(corruption.kind for corruption in corruptions)
         for kind in kinds:
-            rows += _rows(task, Corruption(kind=kind, level=0.0), arms, untouched, backbone.n_blocks)
+            rows += _rows(scorer, Corruption(kind=kind, level=0.0), arms, untouched, backbone.n_blocks)
             for corruption in corruptions:
                 if corruption.kind == kind and corruption.level > 0:
                     spoilt = [corrupted(sample, corruption, seed=seed) for sample in samples]
                     what = f"{task}, {kind} {corruption.level:g}"
                     results = answer_all(backbone, encoder, arms, spoilt, what=what, quiet=quiet)
-                    rows += _rows(task, corruption, arms, results, backbone.n_blocks)
+                    rows += _rows(scorer, corruption, arms, results, backbone.n_blocks)
     return rows, clean
 
 
@@ -167,14 +168,14 @@ def mean_with_interval(values: Sequence[float]) -> tuple[float, tuple[float, flo
 
 
 def _rows(
-    task: str, corruption: Corruption, arms: Sequence[Arm], results: Sequence[SampleResult], n_blocks: int
+    scorer: TaskScorer, corruption: Corruption, arms: Sequence[Arm], results: Sequence[SampleResult], n_blocks: int
 ) -> Iterable[dict[str, Any]]:
     references = [result.references for result in results]
-    for i, row in enumerate(task_rows(task, arms, results, n_blocks=n_blocks)):
-        score = find_task(task).score([result.texts[i] or "" for result in results], references)
+    for i, row in enumerate(task_rows(scorer.task.name, arms, results, n_blocks=n_blocks, scorer=scorer)):
+        score = scorer.score([result.texts[i] or "" for result in results], references)
         _, interval = mean_with_interval(score.per_sample)
         yield {
-            "task": task,
+            "task": scorer.task.name,
             "kind": corruption.kind,
             "level": corruption.level,
             "method": row.method,
@@ -188,7 +189,7 @@ def _rows(
             "speed_interval": row.extras["wall_ratio_interval"],
             "mean_blocks": row.mean_blocks,
             "n": row.n,
-        }
+        } | score.tokenizer
 
 
 def length_rows(clean: Sequence[TaskAnswers], *, eos_token_id: int) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from free_dist.decoding.policy import MaxProbPolicy
 from free_dist.evaluation.benchmark import exits_arm, full_arm
 from free_dist.evaluation.calibration import GRID, OFF, CalibrationSet, harm
 from free_dist.evaluation.robustness import TaskAnswers, answer_all, mean_with_interval
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
 
 Floats = NDArray[np.float64]
@@ -292,9 +292,9 @@ def answer_transfer_rows(
     for task in clean:
         results = answer_all(backbone, encoder, arms, task.samples, what=f"{task.task}, transfer", quiet=quiet)
         references = [result.references for result in results]
+        scorer = TaskScorer(task.task, recipe.evaluation, only_quality=True)
         scores = [
-            np.array(find_task(task.task).score([r.texts[i] or "" for r in results], references).per_sample)
-            for i in range(len(arms))
+            np.array(scorer.score([r.texts[i] or "" for r in results], references).per_sample) for i in range(len(arms))
         ]
         numbers: dict[bytes, int] = {}
         images = np.array([numbers.setdefault(sample.image, len(numbers)) for sample in task.samples])

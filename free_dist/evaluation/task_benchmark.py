@@ -23,6 +23,7 @@ from free_dist.evaluation.benchmark import Prompted, median_with_interval
 from free_dist.evaluation.benchmark_rows import predicted_speedup, quality_columns, time_rows
 from free_dist.evaluation.cost_model import DecodeCosts
 from free_dist.evaluation.operating_points import Model, Operating, choose, operating, timed, within
+from free_dist.evaluation.tasks import TaskScorer
 
 LOSSY = ("lossy", "lossy, all exits")
 """Methods with exits that emit: the chosen operating point, and all exits at thresholds shown beside it."""
@@ -141,7 +142,8 @@ def benchmark_task(
     rows = time_rows(natural, times, task=task, length="natural")
     texts = [[model.encoder.decode(answer.tokens) for answer in row] for row in answers]
     references = [sample.references for sample in samples[: len(answers)]]
-    worth = quality_columns(answers, texts, references, task=task, n_blocks=model.backbone.n_blocks)
+    scorer = TaskScorer(task, model.recipe.evaluation, only_quality=True)
+    worth = quality_columns(answers, texts, references, scorer=scorer, n_blocks=model.backbone.n_blocks)
     progress(f"{task}: splits, equal lengths, batches")
     splits = _splits(natural, prompts[: amounts.split_samples], until("split"))
     for row, columns, split in zip(rows, worth, splits, strict=True):

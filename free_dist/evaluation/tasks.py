@@ -7,7 +7,7 @@ models, decoding or thresholds.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from free_dist.config import ConfigError, EvaluationConfig
@@ -38,6 +38,11 @@ class Score:
     def quality(self) -> float:
         """The task's headline number; nan without scores."""
         return sum(self.per_sample) / len(self.per_sample) if self.per_sample else float("nan")
+
+    @property
+    def tokenizer(self) -> dict[str, Any]:
+        """``tokenizer``, for a row with this quality; nothing where a quality depends on none."""
+        return {name: value for name, value in self.extras.items() if name == "tokenizer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,12 +108,15 @@ def find_task(name: str) -> Task:
 class TaskScorer:
     """Scores the answers of one task as a recipe asks, whole and by part; a list that was scored before is remembered."""
 
-    def __init__(self, task: str, settings: EvaluationConfig | None = None) -> None:
-        """Raises ConfigError for an unknown task, and UserError or MissingPackageError where its metrics cannot run."""
+    def __init__(self, task: str, settings: EvaluationConfig | None = None, *, only_quality: bool = False) -> None:
+        """``only_quality``: the same quality, without the further metrics that a recipe asks for.
+
+        Raises ConfigError for an unknown task, and UserError or MissingPackageError where its metrics cannot run.
+        """
         self.task = find_task(task)
         self._score: Callable[[Sequence[str], References], Score] = self.task.score
         if task == "caption" and settings is not None:
-            suite = CaptionSuite.of(settings)
+            suite = CaptionSuite.of(replace(settings, caption_metrics=[]) if only_quality else settings)
             self._score = lambda captions, references: score_captions(captions, references, suite)
         self.task.score(["a"], [["a"]])  # a missing metrics package is told now, not after minutes of decoding
         self._known: dict[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]], Score] = {}

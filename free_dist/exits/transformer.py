@@ -66,6 +66,11 @@ class ExitBank(nn.Module):
             )
         self.transformers = nn.ModuleList(transformers)
         self._trainable = {name for name, weight in self.transformers.named_parameters() if weight.requires_grad}
+        self.parameters_per_exit = tuple(
+            sum(weight.numel() for weight in exit_transformer.parameters() if weight.requires_grad)
+            for exit_transformer in self.transformers
+        )
+        """[K], numbers that training an exit changes; they stay what they are when the bank is merged."""
         if copy_frozen:
             final_norm, lm_head = copy.deepcopy(final_norm), copy.deepcopy(lm_head)
         self.final_norm = final_norm.requires_grad_(False)
@@ -99,6 +104,11 @@ class ExitBank(nn.Module):
     def has_own_heads(self) -> bool:
         """Whether exits read their features with heads of their own, which are then trained too."""
         return any(exit_transformer.own_head is not None for exit_transformer in self.transformers)
+
+    @property
+    def blocks_per_exit(self) -> int:
+        """Blocks that one call of an exit counts as: 1 for an exit transformer that is a block, 0 for what is none."""
+        return int(all(exit_transformer.is_block for exit_transformer in self.transformers))
 
     def logits(self, features: Tensor) -> Tensor:
         """The full model's normed features [..., D] -> logits [..., V] of the frozen head."""
@@ -173,11 +183,17 @@ class ExitBank(nn.Module):
         bank = copy.copy(self)
         bank._modules = dict(self._modules)
         bank.exit_layers = tuple(exit_layers)
+        bank.parameters_per_exit = tuple(self.parameters_per_exit[i] for i in rows)
         bank.transformers = nn.ModuleList(self.transformers[i] for i in rows).train(self.training)
         new = {str(i): str(place) for place, i in enumerate(rows)}
         parts = [name.partition(".") for name in self._trainable]
         bank._trainable = {f"{new[number]}.{rest}" for number, _, rest in parts if number in new}
         return bank
+
+
+def trained_parameters(bank: ExitBank) -> int:
+    """Numbers that training the exits of a bank changes, also of a merged one: of ``lora`` the updates, not the blocks."""
+    return sum(bank.parameters_per_exit)
 
 
 def check_exit_layers(exit_layers: Sequence[int], n_blocks: int) -> None:

@@ -30,6 +30,7 @@ from free_dist.evaluation.operating_points import Model, Runners, choose, operat
 from free_dist.evaluation.shape import Script, Shape, random_backbone, random_checks
 from free_dist.evaluation.shape_benchmark import ShapePlan, run_shape
 from free_dist.evaluation.task_benchmark import Amounts, benchmark_task
+from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
 
 LIMIT = 6
@@ -333,7 +334,7 @@ def test_quality_is_relative_to_the_full_model_and_layers_are_counted_over_token
 
     answers = [[answer((1, 2), 8), answer((1, 2), 4)], [answer((3,), 4), answer((5,), 2)]]
     texts = [["red", "red"], ["yes", "no"]]
-    full, other = quality_columns(answers, texts, [["red"], ["yes"]], task="vqa", n_blocks=4)
+    full, other = quality_columns(answers, texts, [["red"], ["yes"]], scorer=TaskScorer("vqa"), n_blocks=4)
     assert (full["quality"], other["quality"], other["quality_ratio"]) == (1.0, 0.5, 0.5)
     assert (full["identical"], other["identical"]) == (2, 1)
     name = "layer_ratio (a count of blocks, not a speed)"

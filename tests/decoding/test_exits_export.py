@@ -17,7 +17,7 @@ from free_dist.backbones import Blip2Backbone
 from free_dist.backbones.checkpoint_hash import checkpoint_hash, loaded_from, stored_dtype
 from free_dist.backbones.embedded import new_model
 from free_dist.decoding import generate
-from free_dist.exits import ExitBank, ExitVariant
+from free_dist.exits import ExitBank, ExitVariant, trained_parameters
 from free_dist.exits.export import MANIFEST, WEIGHTS, backbone_hash, load_exits, read_exits_manifest, save_exits
 from free_dist.exits.manifest import BackboneFacts
 
@@ -106,6 +106,21 @@ def test_every_variant_comes_back_with_its_sizes_and_generates_the_same(backbone
         assert first == second
         exits |= set(first[0].exit_layers)
     assert exits & {2, 5}
+
+
+def test_trained_numbers_of_an_export_are_those_that_it_stores_also_when_it_is_merged(backbone, tmp_path) -> None:
+    counts = {}
+    for name in ("full", "lora", "bottleneck", "classifier"):
+        bank = changed_bank(backbone, ExitVariant(name=name, rank=2))
+        save_exits(bank, tmp_path / name, backbone=backbone, thresholds=0.5)
+        stored = load_file(tmp_path / name / WEIGHTS)
+        for merged in (True, False):
+            loaded = load_exits(backbone, tmp_path / name, merged=merged)
+            counts[name] = trained_parameters(loaded)
+            assert counts[name] == sum(tensor.numel() for tensor in stored.values())
+            first = sum(tensor.numel() for weight, tensor in stored.items() if weight.startswith("transformers.0."))
+            assert trained_parameters(loaded.subset([2])) == first
+    assert counts["lora"] < counts["full"]
 
 
 def test_low_rank_updates_are_stored_without_the_blocks_they_belong_to(backbone, tmp_path) -> None:

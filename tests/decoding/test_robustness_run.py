@@ -85,6 +85,7 @@ def test_every_level_is_answered_by_full_depth_and_exits_on_the_same_pictures(me
         assert row["quality_interval"][0] <= row["quality"] <= row["quality_interval"][1]
         if row["method"] == "full":
             assert (row["quality"], row["speed"], row["mean_blocks"]) == (row["quality_full"], 1.0, 4.0)
+    assert all(("tokenizer" in row) == (row["task"] == "caption") for row in rows)
     assert [(task.task, len(task.samples), len(task.results)) for task in clean] == [("vqa", 6, 6), ("caption", 6, 6)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAININGS = ("ce_gan", "ce", "kl", "classifier")
 
 
-def compare(*words: str) -> subprocess.CompletedProcess[str]:
+def compare(*words: str, source: str | Path = "launch/recipes/compare.yaml") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "launch/compare.py", "launch/recipes/compare.yaml", *words],
+        [sys.executable, "launch/compare.py", str(source), *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -115,12 +116,53 @@ def test_a_second_run_reuses_everything_and_other_settings_measure_again(finishe
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_reused_tasks_keep_the_provenance_of_when_they_were_measured(finished) -> None:
+    run_dir, words, _ = finished
+    part = run_dir / "comparison_parts" / "vqa.json"
+    content = json.loads(part.read_text())
+    content["provenance"]["git_commit"] = "an earlier one"
+    part.write_text(json.dumps(content))
+    again = compare(*words)
+    assert again.returncode == 0, again.stderr
+    found = json.loads((run_dir / "comparison.json").read_text())
+    assert found["provenance"]["git_commit"] == "an earlier one"
+    assert found["provenance_by_task"] == {"vqa": content["provenance"]}
+
+
+def test_a_run_in_the_place_of_the_recipe_is_compared_with_its_own_trainings(finished, tmp_path: Path) -> None:
+    made, words, _ = finished
+    run = tmp_path / "run"
+    shutil.copytree(made / "ce_gan", run / "exits")
+    shutil.copytree(made / "ce", run / "exits_ce")
+    shutil.copy(made / "ce_gan" / "recipe.yaml", run / "recipe.yaml")
+    given = made / "kl" / "export"
+    flags = [word for word in words if word.startswith("--calibration")]
+    done = compare(*flags, f"--reuse={made}", f"--exits=kl={given}", source=run)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    content = json.loads((run / "comparison.json").read_text())
+    exports = {name: Path(one["export"]) for name, one in content["training"].items()}
+    assert exports == {
+        "ce_gan": run / "exits" / "export", "ce": run / "exits_ce" / "export", "kl": given,
+        "classifier": made / "classifier" / "export",
+    }  # fmt: skip
+    flops = {name: one["training_flops_per_sample"] for name, one in content["training"].items()}
+    assert [name for name in TRAININGS if flops[name] is None] == ["kl"], "what was given was trained by another recipe"
+    notes = [row["note"] for row in content["rows"] if row["method"] == "kl"]
+    assert notes and all("operations not known" in note for note in notes)
+    # Exits after other blocks are refused before anything is trained.
+    other = compare("exits.exit_layers=[1,2]", f"--exits=kl={given}", source=run)
+    assert other.returncode == 2 and len(other.stderr.strip().splitlines()) == 1
+    assert str(given) in other.stderr and "[1, 3]" in other.stderr and "[1, 2]" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--min-quality=0"], "--min-quality 0"),
         (["--exits=gan=x"], "want TRAINING=DIR with one of ce_gan"),
         (["--exits=ce=/nowhere"], "no exits.json there"),
+        (["evaluation.split=calibration"], "evaluation.split=calibration: every method's setting is chosen there"),
+        (["tests"], "tests launch/recipes/compare.yaml: give one run directory, or recipes, not both"),
         (["loss.adversarial_weight=0"], "loss.adversarial_weight=0: ours is trained with it"),
     ],
 )

@@ -43,6 +43,7 @@ def comparison(seed: int = 0) -> dict[str, Any]:
                         "quality": quality,
                         "quality_interval": [quality - 0.02, quality + 0.02],
                         "quality_full": 0.98,
+                        "calibration_quality_ratio": quality / 0.98,
                         "agreement": rng.random(),
                         "speed": speed,
                         "speed_interval": [speed - 0.1, speed + 0.1],

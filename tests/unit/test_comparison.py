@@ -11,10 +11,15 @@ import torch
 from free_dist.config import DataConfig, DecodingConfig, EvaluationConfig, Recipe
 from free_dist.data.stream import split_samples
 from free_dist.decoding import generate
-from free_dist.evaluation.comparison import FIXED, OURS, Setting, contest
+from free_dist.evaluation.arms import ours
+from free_dist.evaluation.benchmark import exits_arm, run_interleaved
+from free_dist.evaluation.comparison import FIXED, OURS, Method, Setting, contest, method_arm
 from free_dist.evaluation.comparison_choice import ChoiceAmounts, Chosen, SettingJudge, choose_settings
-from free_dist.evaluation.comparison_report import COLUMNS, markdown, verdict
+from free_dist.evaluation.comparison_report import COLUMNS, kept_on_both, markdown, verdict
 from free_dist.evaluation.comparison_run import compare_task, prompted
+from free_dist.evaluation.metrics_captions import CaptionSuite
+from free_dist.evaluation.operating_points import wanted
+from free_dist.evaluation.report_claims import comparison_claims
 from free_dist.exits import ExitBank
 
 LAYERS = (1, 2)
@@ -90,7 +95,31 @@ def test_one_row_per_exit_layer_of_a_fixed_depth_and_no_method_is_left_out_of_th
             )
     assert set(chosen) == {method.name for method in methods}
     assert all(sum(row["method"] == name and bool(row.get("chosen")) for row in table) == 1 for name in chosen)
-    assert chosen["ours_propagated"] == chosen[OURS]
+    assert chosen["ours_propagated"].setting == chosen[OURS].setting
+
+
+@pytest.mark.parametrize("tokenizer", ["ptb-like", "auto"])
+def test_captions_are_scored_with_the_recipe_s_tokenizer_which_every_row_names(
+    tiny_backbone, tiny_encoder, methods, chosen, measured, recipe: Recipe, tokenizer: str
+) -> None:
+    settings = replace(recipe.evaluation, tasks=["caption"], max_samples=2, caption_tokenizer=tokenizer)
+    table, sweep = compare_task(
+        tiny_backbone, tiny_encoder, methods, chosen, replace(recipe, evaluation=settings), "caption",
+        min_quality=0.99, costs=COSTS, quiet=True,
+    )  # fmt: skip
+    wanted = CaptionSuite.of(settings).tokenizer
+    assert {row["tokenizer"] for row in (*table, *sweep)} == {wanted}
+    assert all("tokenizer" not in row for row in measured[0])
+
+
+def test_a_method_that_never_ran_on_calibration_has_no_quality_there_and_is_never_named_as_kept(
+    measured, chosen
+) -> None:
+    assert chosen["ours_propagated"].quality_ratio is None and chosen["ours_propagated"].keeps is None
+    (row,) = [row for row in measured[0] if row["method"] == "ours_propagated"]
+    assert row["calibration_quality_ratio"] is None and row["note"].startswith("never ran on calibration")
+    best = row | {"quality": 0.8, "quality_full": 0.8, "speed": 9.0}
+    assert kept_on_both([best], 0.99) == []
 
 
 def test_trained_numbers_are_those_of_the_exits_and_untrained_methods_cost_nothing(measured, tiny_backbone) -> None:
@@ -155,6 +184,25 @@ def test_a_fixed_depth_leaves_there_for_every_token(tiny_backbone, tiny_encoder,
             assert found.tokens == always.tokens
 
 
+@pytest.mark.parametrize("variant", ["full", "lora", "bottleneck", "classifier", "lens"])
+def test_every_arm_counts_an_exit_as_a_block_only_where_it_is_one(
+    tiny_backbone, tiny_encoder, recipe, variant: str
+) -> None:
+    bank = ExitBank(tiny_backbone, [1], variant=variant).merged().eval().requires_grad_(False)
+    setting = Setting(used=(0,), threshold=0.0)
+    method = Method(name="it", label="it", bank=bank, policy="max_prob", settings=(setting,))
+    arms = [
+        exits_arm(tiny_backbone, bank, threshold=0.0, max_new_tokens=4),
+        ours(tiny_backbone, bank, method="ours", thresholds=[0.0], max_new_tokens=4).arm,
+        method_arm(tiny_backbone, method, setting, max_new_tokens=4),
+    ]
+    samples = split_samples(recipe.data, "test", "vqa", max_samples=1)
+    (answers,) = run_interleaved(arms, prompted(tiny_backbone, tiny_encoder, samples), warmup=0)
+    for answer in answers:
+        assert answer is not None
+        assert answer.blocks == len(answer.tokens) * (1 + (variant in ("full", "lora")))
+
+
 def test_the_choice_takes_what_keeps_the_quality_and_says_where_nothing_does(
     tiny_backbone, tiny_encoder, methods, recipe, monkeypatch
 ) -> None:
@@ -174,6 +222,24 @@ def test_the_choice_takes_what_keeps_the_quality_and_says_where_nothing_does(
     assert found["self_speculation"].keeps, "what is verified needs no choice by quality"
 
 
+@pytest.mark.parametrize(
+    ("ratio", "min_quality", "keeps"), [(0.992, 0.99, True), (0.988, 0.99, False), (1.0, 1.0, True)]
+)
+def test_a_setting_is_remarked_as_not_kept_only_below_the_wanted_quality(
+    tiny_backbone, tiny_encoder, methods, recipe, monkeypatch, ratio: float, min_quality: float, keeps: bool
+) -> None:
+    monkeypatch.setattr(SettingJudge, "judge", lambda self, method, setting, count: (ratio if method else 1.0, 1.0))
+    found = choose_settings(
+        tiny_backbone, tiny_encoder, methods, recipe, "vqa", min_quality=min_quality, amounts=AMOUNTS,
+        prompted=lambda samples: list(prompted(tiny_backbone, tiny_encoder, samples)),
+    )  # fmt: skip
+    assert (found[OURS].quality_ratio, found[OURS].keeps) == (ratio, keeps)
+
+
+def test_all_of_the_quality_can_be_wanted_and_still_the_fastest_setting_is_taken() -> None:
+    assert wanted(1.0) == 1.0 and wanted(0.99) == pytest.approx(0.995)
+
+
 def test_the_report_says_who_wins_from_the_rows_alone(measured) -> None:
     table, sweep = measured
     content = {"rows": table, "sweep": sweep, "min_quality": 0.99, "command": "python launch/compare.py"}
@@ -181,7 +247,7 @@ def test_the_report_says_who_wins_from_the_rows_alone(measured) -> None:
     assert all(row["label"] in text for row in table) and "## Sweep" in text
     ours = next(row for row in table if row["method"] == OURS and row["chosen"])
     better = dict(ours) | {
-        "quality": ours["quality_full"], "calibration_quality_ratio": 1.0, "ours_over_this_interval": [1.2, 1.4]
+        "quality": 0.8, "quality_full": 0.8, "calibration_quality_ratio": 1.0, "ours_over_this_interval": [1.2, 1.4]
     }  # fmt: skip
     other = better | {"method": "ce", "label": "CE", "speed": ours["speed"] + 1, "ours_over_this_interval": [0.5, 0.9]}
     said = verdict([better, other], 0.99)
@@ -193,6 +259,28 @@ def test_the_report_says_who_wins_from_the_rows_alone(measured) -> None:
     # Good on these samples alone, or shown without having been chosen: luck is no win.
     lucky = [row | {"calibration_quality_ratio": ratio} for row, ratio in ((better, 0.9), (other, None))]
     assert verdict(lucky, 0.99)[0] == none
+
+
+def test_the_claim_is_of_a_chosen_method_that_kept_the_quality_on_both_splits() -> None:
+    def row(method: str, speed: float, quality: float, calibration: float | None) -> dict[str, object]:
+        return {
+            "task": "vqa", "method": method, "label": method.upper(), "speed": speed, "quality": quality,
+            "quality_full": 0.8, "calibration_quality_ratio": calibration,
+        }  # fmt: skip
+
+    rows = [
+        row("full", 1.0, 0.8, None),
+        row("hf", 9.0, 0.8, None),
+        row("ours", 1.5, 0.8, 1.0),
+        row("ce", 1.4, 0.8, 1.0),
+    ]
+    lucky = [row("cut", 5.0, 0.8, None), row("calm", 4.0, 0.8, 0.9), row("kl", 3.0, 0.5, 1.0)]
+    (claim,) = comparison_claims({"rows": rows + lucky, "min_quality": 0.99})
+    assert claim == (
+        "vqa: of 5 methods on the same decoder, OURS is the fastest that keeps 99% of the quality, here and on calibration: 1.50."
+    )
+    (claim,) = comparison_claims({"rows": rows[:2] + lucky, "min_quality": 0.95})
+    assert claim == "vqa: none of 3 methods keeps 95% of the quality, here and on calibration."
 
 
 def test_a_setting_is_told_with_its_layers() -> None:
