@@ -158,11 +158,16 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if chosen.layers:
         exits = load_exits(backbone, exports[found.chosen.variant.name], merged=False).subset(chosen.layers)
         directory = run_dir / BANKS / "found"
+        thresholds = shared_thresholds(chosen)
         save_exits(
-            exits, directory, thresholds=shared_thresholds(chosen), backbone=backbone,
+            exits, directory, thresholds=thresholds, backbone=backbone,
             extra={"placement": content["measured"]["thresholds"], "steps": arguments.bank_steps},
         )  # fmt: skip
-        print(f"exits {directory}: thresholds safe for every task in exits.json, those of each task in placement.json")
+        off = [layer for layer, threshold in zip(chosen.layers, thresholds, strict=True) if threshold > 1]
+        kept = f" (exits after {off} off, as some task has them off)" if off else ""
+        print(
+            f"exits {directory}: thresholds safe for every task in exits.json{kept}, those of each task in placement.json"
+        )
 
 
 def retrained(
@@ -197,7 +202,7 @@ def show(content: dict[str, Any]) -> None:
             f"{name:<34}{' '.join(map(str, row['layers'])):<20}{row['variant']:<12}{row['predicted_speed']:>10.2f}{speed:>24}"
             f"{quality:>9}{'' if slower is None else f'{slower:.3f}':>9}"
         )
-    print(f"\nsearched in {content['search_seconds']:.1f} s; predicted over measured time of what was found: "
+    print(f"\nsearched in {content['search_seconds']:.1f} s; measured over predicted speed of what was found: "
           f"{content['prediction_error']:+.1%}")  # fmt: skip
 
 

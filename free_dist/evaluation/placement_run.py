@@ -259,12 +259,10 @@ def add_retrained(
 
 
 def shared_thresholds(choice: Choice) -> tuple[float, ...]:
-    """One threshold per layer of the choice: the highest at which any recording asks the exit."""
-    asked = [
-        [dict(zip(one.layers, one.thresholds, strict=True)).get(layer) for one in choice.placements]
-        for layer in choice.layers
-    ]
-    return tuple(max(value for value in values if value is not None) for values in asked)
+    """One threshold per layer of the choice: the highest of any recording's, ``OFF`` where any of them switches the exit off."""
+    return tuple(
+        max(values) for values in zip(*(_thresholds(p, choice.layers) for p in choice.placements), strict=True)
+    )
 
 
 def measure(
