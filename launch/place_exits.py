@@ -135,7 +135,9 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     recorded = record(backbone, encoder, recipe, variants, settings, say)
     recording_seconds = time.perf_counter() - started
     found = search_all(recorded, recipe, settings, say)
-    if arguments.retrain:
+    if arguments.retrain and not found.chosen.choice.layers:
+        say("--retrain: full depth was found, so there are no exits to train alone")
+    elif arguments.retrain:
         found = retrained(found, recipe, arguments, backbone, encoder, settings)
     result = measure(backbone, encoder, recipe, found, settings, say)
     run_dir = Path(recipe.run_dir)

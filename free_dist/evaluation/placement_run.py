@@ -214,15 +214,25 @@ def search_all(recorded: list[Recorded], recipe: Recipe, settings: Settings, say
 
     def restricted(layers: Sequence[int]) -> Placed:
         usable = [layer for layer in layers if layer in blocks]
+        size = max(1, len(usable))
         choices = []
         for one in recorded:
-            own = _tables(one, bounds, settings, len(usable), usable)
-            choices.append(
-                Placed(variant=one.variant, choice=on_set(own, usable, bound=h)._replace(layers=tuple(usable)))
-            )
+            own, counts = _tables(one, bounds, settings, size, usable), one.variant.parameters
+            if settings.max_parameters is None or sum(counts[layer] for layer in usable) <= settings.max_parameters:
+                choice = on_set(own, usable, bound=h)._replace(layers=tuple(usable))
+            else:  # what of it fits
+                choice = best_set(
+                    own, bound=h, max_exits=size, max_parameters=settings.max_parameters, parameters=counts
+                )
+            choices.append(Placed(variant=one.variant, choice=choice))
         return min(choices, key=lambda placed: placed.choice.relative_seconds)
 
-    named = {name: restricted(layers) for name, layers in named_sets(n_blocks, settings.max_exits, recipe).items()}
+    named = {}
+    for name, layers in named_sets(n_blocks, settings.max_exits, recipe).items():
+        if set(layers) & set(blocks):
+            named[name] = restricted(layers)
+        else:
+            say(f"{name}: no exit before the last of {n_blocks} blocks, so it saves nothing and is left out")
     draw = random.Random(0)
     sets: set[tuple[int, ...]] = set()
     n_exits = min(settings.max_exits, len(blocks))
@@ -238,7 +248,8 @@ def search_all(recorded: list[Recorded], recipe: Recipe, settings: Settings, say
 
 def named_sets(n_blocks: int, max_exits: int, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Placements that nobody searched for, by name: uniform ones, the authors' scaled to L blocks, and the recipe's own."""
-    sets = {"uniform": tuple(_nearest(i * n_blocks / (max_exits + 1)) for i in range(1, max_exits + 1))}
+    even = {max(1, _nearest(i * n_blocks / (max_exits + 1))) for i in range(1, max_exits + 1)}
+    sets = {"uniform": tuple(sorted(even))}
     for name, layers in HAND_PICKED.items():
         scaled = sorted({max(1, _nearest(layer * n_blocks / HAND_PICKED_OF)) for layer in layers})
         sets[f"{name}, {list(layers)} of {HAND_PICKED_OF}"] = tuple(scaled)

@@ -98,6 +98,28 @@ def test_a_parameter_budget_turns_to_smaller_exits_or_none(recorded, recipe) -> 
     assert all(point["parameters"] <= 1 for point in found.points)
 
 
+def test_placements_that_nobody_searched_for_keep_the_parameter_budget(recorded, recipe) -> None:
+    found = search_all(recorded, recipe, replace(SETTINGS, max_parameters=1, max_harm=99.0), lambda _: None)
+    for name, placed in (found.named | found.drawn).items():
+        assert sum(placed.variant.parameters[layer] for layer in placed.choice.layers) <= 1, name
+        assert {layer for one in placed.choice.placements for layer in one.layers} <= set(placed.choice.layers)
+
+
+def test_a_placement_without_an_exit_before_the_last_block_is_left_out_and_said_so(recorded, recipe) -> None:
+    said: list[str] = []
+    last = replace(recipe, exits=ExitsConfig(exit_layers=[4]))
+    found = search_all(recorded, last, SETTINGS, said.append)
+    assert "recipe" not in found.named and "uniform" in found.named
+    assert any("recipe: no exit before the last of 4 blocks" in line for line in said)
+
+
+def test_uniform_placements_of_a_shallow_model_name_no_block_twice(recorded, recipe) -> None:
+    assert named_sets(3, 3, recipe)["uniform"] == (1, 2)
+    assert named_sets(2, 9, recipe)["uniform"] == (1, 2)
+    found = search_all(recorded, recipe, replace(SETTINGS, max_exits=5), lambda _: None)
+    assert found.named["uniform"].choice.layers == (1, 2, 3)
+
+
 def test_a_speed_that_nothing_reaches_is_told_with_what_is_reached(recorded, recipe) -> None:
     with pytest.raises(UserError, match=r"--min-speed 1000.0: the fastest placement .* is predicted at \d"):
         search_all(recorded, recipe, replace(SETTINGS, min_speed=1000.0), lambda _: None)
