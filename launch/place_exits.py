@@ -103,7 +103,15 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from free_dist.atomic import write_atomically
     from free_dist.data.pretrained import load_for_inference
     from free_dist.evaluation.placement_plot import placement_picture
-    from free_dist.evaluation.placement_run import Settings, Variant, measure, record, search_all, shared_thresholds
+    from free_dist.evaluation.placement_run import (
+        Settings,
+        Variant,
+        is_adversarial,
+        measure,
+        record,
+        search_all,
+        shared_thresholds,
+    )
     from free_dist.exits.export import load_exits, save_exits
 
     disable_progress_bar()
@@ -111,7 +119,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
     variants, exports = [], {}
     for name in arguments.variants:
-        adversarial = recipe.loss.adversarial_weight > 0
+        adversarial = is_adversarial(recipe, name)
         exports[name] = train_bank(
             recipe, range(1, backbone.n_blocks), name=f"{name}-{'gan' if adversarial else 'ce'}", variant=name,
             adversarial=adversarial, steps=arguments.bank_steps, script=LAUNCH / "train.py", ds_config=arguments.ds_config,
@@ -176,11 +184,11 @@ def retrained(
     found: Found, recipe: Recipe, arguments: argparse.Namespace, backbone: Blip2Backbone, encoder: SampleEncoder, settings: Any
 ) -> Found:  # fmt: skip
     """The set that was found, trained alone with the recipe's own steps, as one more placement."""
-    from free_dist.evaluation.placement_run import Variant, add_retrained
+    from free_dist.evaluation.placement_run import Variant, add_retrained, is_adversarial
 
     layers, variant = found.chosen.choice.layers, found.chosen.variant
     export = train_bank(
-        recipe, layers, name="alone", variant=variant.name, adversarial=recipe.loss.adversarial_weight > 0,
+        recipe, layers, name="alone", variant=variant.name, adversarial=is_adversarial(recipe, variant.name),
         steps=recipe.training.max_steps, script=LAUNCH / "train.py", ds_config=arguments.ds_config,
         num_processes=arguments.num_gpus, say=say,
     )  # fmt: skip

@@ -246,6 +246,11 @@ def search_all(recorded: list[Recorded], recipe: Recipe, settings: Settings, say
     )  # fmt: skip
 
 
+def is_adversarial(recipe: Recipe, variant: str) -> bool:
+    """Whether exits of a variant are trained against discriminators; classifiers have no features to judge."""
+    return recipe.loss.adversarial_weight > 0 and variant != "classifier"
+
+
 def named_sets(n_blocks: int, max_exits: int, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Placements that nobody searched for, by name: uniform ones, the authors' scaled to L blocks, and the recipe's own."""
     even = {max(1, _nearest(i * n_blocks / (max_exits + 1))) for i in range(1, max_exits + 1)}

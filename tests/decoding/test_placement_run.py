@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from free_dist.backbones import Blip2Backbone
-from free_dist.config import DecodingConfig, EvaluationConfig, ExitsConfig, Recipe, UserError
+from free_dist.config import EXIT_VARIANTS, DecodingConfig, EvaluationConfig, ExitsConfig, Recipe, UserError
 from free_dist.evaluation.calibration import OFF
 from free_dist.evaluation.placement_plot import placement_picture
 from free_dist.evaluation.placement_run import (
@@ -20,6 +20,7 @@ from free_dist.evaluation.placement_run import (
     Recorded,
     Settings,
     Variant,
+    is_adversarial,
     measure,
     named_sets,
     record,
@@ -27,6 +28,7 @@ from free_dist.evaluation.placement_run import (
 )
 from free_dist.exits import ExitBank
 from free_dist.exits.export import save_exits
+from free_dist.recipe_checks import check_recipe
 
 SETTINGS = Settings(max_exits=2, max_harm=0.05, record=4, random_sets=2, random_measured=1, samples=4, rounds=1)
 
@@ -141,3 +143,28 @@ def test_parameters_of_an_export_are_counted_per_exit(model: Blip2Backbone, tmp_
     whole = sum(tensor.numel() for tensor in bank.trainable_state_dict().values())
     assert variant.parameters == {1: whole // 2, 3: whole // 2}
     assert variant.bank.variant.name == "full" and not any(p.requires_grad for p in variant.bank.parameters())
+
+
+@pytest.mark.parametrize("variant", EXIT_VARIANTS)
+def test_every_variant_is_trained_with_a_loss_that_its_recipe_may_have(recipe: Recipe, variant: str) -> None:
+    assert recipe.loss.adversarial_weight > 0
+    weight = recipe.loss.adversarial_weight if is_adversarial(recipe, variant) else 0.0
+    check_recipe(
+        replace(
+            recipe,
+            exits=replace(recipe.exits, variant=variant),
+            loss=replace(recipe.loss, adversarial_weight=weight),
+        )
+    )
+    assert is_adversarial(recipe, variant) == (variant != "classifier")
+
+
+def test_classifiers_are_recorded_and_searched_as_other_exits(
+    model: Blip2Backbone, tiny_encoder, recipe: Recipe, tmp_path: Path
+) -> None:
+    bank = ExitBank(model, (1, 2, 3), variant="classifier")
+    save_exits(bank, tmp_path, thresholds=0.9, backbone=model)
+    heads = Variant.load("classifier", model, tmp_path)
+    recorded = record(model, tiny_encoder, recipe, [heads], SETTINGS, lambda _: None)
+    found = search_all(recorded, recipe, SETTINGS, lambda _: None)
+    assert found.chosen.variant is heads and all(count > 0 for count in heads.parameters.values())
