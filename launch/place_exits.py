@@ -103,7 +103,15 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from free_dist.atomic import write_atomically
     from free_dist.data.pretrained import load_for_inference
     from free_dist.evaluation.placement_plot import placement_picture
-    from free_dist.evaluation.placement_run import Settings, Variant, measure, record, search_all, shared_thresholds
+    from free_dist.evaluation.placement_run import (
+        Settings,
+        Variant,
+        is_adversarial,
+        measure,
+        record,
+        search_all,
+        shared_thresholds,
+    )
     from free_dist.exits.export import load_exits, save_exits
 
     disable_progress_bar()
@@ -111,7 +119,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     backbone, encoder = load_for_inference(recipe.backbone, device=arguments.device, dtype=arguments.dtype)
     variants, exports = [], {}
     for name in arguments.variants:
-        adversarial = recipe.loss.adversarial_weight > 0
+        adversarial = is_adversarial(recipe, name)
         exports[name] = train_bank(
             recipe, range(1, backbone.n_blocks), name=f"{name}-{'gan' if adversarial else 'ce'}", variant=name,
             adversarial=adversarial, steps=arguments.bank_steps, script=LAUNCH / "train.py", ds_config=arguments.ds_config,
@@ -135,7 +143,9 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     recorded = record(backbone, encoder, recipe, variants, settings, say)
     recording_seconds = time.perf_counter() - started
     found = search_all(recorded, recipe, settings, say)
-    if arguments.retrain:
+    if arguments.retrain and not found.chosen.choice.layers:
+        say("--retrain: full depth was found, so there are no exits to train alone")
+    elif arguments.retrain:
         found = retrained(found, recipe, arguments, backbone, encoder, settings)
     result = measure(backbone, encoder, recipe, found, settings, say)
     run_dir = Path(recipe.run_dir)
@@ -158,22 +168,27 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     if chosen.layers:
         exits = load_exits(backbone, exports[found.chosen.variant.name], merged=False).subset(chosen.layers)
         directory = run_dir / BANKS / "found"
+        thresholds = shared_thresholds(chosen)
         save_exits(
-            exits, directory, thresholds=shared_thresholds(chosen), backbone=backbone,
+            exits, directory, thresholds=thresholds, backbone=backbone,
             extra={"placement": content["measured"]["thresholds"], "steps": arguments.bank_steps},
         )  # fmt: skip
-        print(f"exits {directory}: thresholds safe for every task in exits.json, those of each task in placement.json")
+        off = [layer for layer, threshold in zip(chosen.layers, thresholds, strict=True) if threshold > 1]
+        kept = f" (exits after {off} off, as some task has them off)" if off else ""
+        print(
+            f"exits {directory}: thresholds safe for every task in exits.json{kept}, those of each task in placement.json"
+        )
 
 
 def retrained(
     found: Found, recipe: Recipe, arguments: argparse.Namespace, backbone: Blip2Backbone, encoder: SampleEncoder, settings: Any
 ) -> Found:  # fmt: skip
     """The set that was found, trained alone with the recipe's own steps, as one more placement."""
-    from free_dist.evaluation.placement_run import Variant, add_retrained
+    from free_dist.evaluation.placement_run import Variant, add_retrained, is_adversarial
 
     layers, variant = found.chosen.choice.layers, found.chosen.variant
     export = train_bank(
-        recipe, layers, name="alone", variant=variant.name, adversarial=recipe.loss.adversarial_weight > 0,
+        recipe, layers, name="alone", variant=variant.name, adversarial=is_adversarial(recipe, variant.name),
         steps=recipe.training.max_steps, script=LAUNCH / "train.py", ds_config=arguments.ds_config,
         num_processes=arguments.num_gpus, say=say,
     )  # fmt: skip
@@ -197,7 +212,7 @@ def show(content: dict[str, Any]) -> None:
             f"{name:<34}{' '.join(map(str, row['layers'])):<20}{row['variant']:<12}{row['predicted_speed']:>10.2f}{speed:>24}"
             f"{quality:>9}{'' if slower is None else f'{slower:.3f}':>9}"
         )
-    print(f"\nsearched in {content['search_seconds']:.1f} s; predicted over measured time of what was found: "
+    print(f"\nsearched in {content['search_seconds']:.1f} s; measured over predicted speed of what was found: "
           f"{content['prediction_error']:+.1%}")  # fmt: skip
 
 

@@ -12,7 +12,7 @@ Q query tokens, D model width, V vocabulary, L blocks.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -47,6 +47,10 @@ class TokenLayout:
     """Follows the text of a prompt that an encoder reads."""
     decoder_start_token_id: int | None = None
     """Opens the decoder's sequence; None for decoder-only models, whose answers continue the prompt."""
+
+    def decoder_positions(self, prompt_ids: Sized) -> int:
+        """Positions of the decoder's blocks before an answer: the prompt's, or one where an encoder reads the prompt."""
+        return len(prompt_ids) if self.decoder_start_token_id is None else 1
 
 
 @dataclass(frozen=True, kw_only=True)

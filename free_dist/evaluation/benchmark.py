@@ -144,7 +144,7 @@ def hf_generate(
     read: dict[str, Any] = {}
     if instruction is not None:
         read = {"qformer_input_ids": instruction.input_ids, "qformer_attention_mask": instruction.mask}
-    shown = len(prompt_ids) if layout.decoder_start_token_id is None else 1
+    shown = layout.decoder_positions(prompt_ids)
     if model.config.image_token_id is None:
         # A checkpoint from before image placeholders: its ``generate`` no longer knows where an image goes.
         is_image = input_ids == layout.image_token_id

@@ -2,8 +2,8 @@
 
 *Mid-crisis*: accuracy that falls with depth before it rises again (FREE, arXiv 2506.06884, figure 3).  *Overthinking*: tokens
 that a shallower exit got right and the last layer wrong (Kaya et al. 2019, arXiv 1810.07052).  Works on arrays of hits; does not
-know models or how a block is read.  Intervals are percentile bootstraps over samples, because tokens of one answer are not
-independent draws.
+know models or how a block is read.  Intervals are bootstraps over samples, because tokens of one answer are not independent
+draws; that of a dip allows for the dip's having been looked for.
 
 Shape letters: K blocks read, N tokens, S samples, R resamples.
 """
@@ -87,17 +87,28 @@ def resampled_means(hits: Flags, samples: Integers, weights: Floats) -> Floats:
 
 
 def dip(hits: Hits, samples: Integers, weights: Floats, *, level: float = 0.95) -> Dip:
-    """Depth and place of a curve's largest fall, with an interval of the depth.
+    """Depth and place of a curve's largest fall, with an interval of the depth that allows for its being the largest.
 
-    The interval is of the fall at the block where the whole sample has it, below the shallower block that is highest there: the
-    largest fall of every resample would be above 0 for any noisy curve, however flat.
+    Block and rival are picked on the data that the interval comes from, so a bootstrap of that pair alone would call the largest
+    fall of noise a dip.  The interval is simultaneous over all pairs of blocks: the fall, plus and minus its bootstrap standard
+    error times the ``level`` quantile of the largest standardised deviation of any pair in a resample (max-t; Romano and Wolf
+    2005).  It covers the true fall of whichever pair is picked, so that it lies above 0 on a curve without a dip in at most a
+    share ``1 - level`` of repeats.  Where accuracy never falls it is (0, 0).
     """
     accuracy = hits.right.mean(axis=1)
     place, depth = (int(largest_fall(accuracy)[0]), float(largest_fall(accuracy)[1]))
+    if depth == 0:
+        return Dip(hits.layers[place], 0.0, (0.0, 0.0))
     top = int(accuracy[: place + 1].argmax())
-    means = resampled_means(hits.right[[top, place]], samples, weights)
-    low, high = np.quantile(means[:, 0] - means[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return Dip(hits.layers[place], depth, (float(low), float(high)))
+    shallow, deep = np.triu_indices(len(accuracy), 1)
+    means = resampled_means(hits.right, samples, weights)
+    moved = means[:, shallow] - means[:, deep] - (accuracy[shallow] - accuracy[deep])
+    errors = moved.std(axis=0)
+    # Blocks that hit the same tokens never differ, in no resample.
+    live = errors > 1e-9
+    largest = (np.abs(moved[:, live]) / errors[live]).max(axis=1)
+    margin = float(np.quantile(largest, level) * errors[(shallow == top) & (deep == place)][0])
+    return Dip(hits.layers[place], depth, (depth - margin, depth + margin))
 
 
 def overthinking(hits: Hits, full_right: Flags, n_blocks: int) -> dict[str, float]:

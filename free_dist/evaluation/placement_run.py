@@ -212,15 +212,25 @@ def search_all(recorded: list[Recorded], recipe: Recipe, settings: Settings, say
 
     def restricted(layers: Sequence[int]) -> Placed:
         usable = [layer for layer in layers if layer in blocks]
+        size = max(1, len(usable))
         choices = []
         for one in recorded:
-            own = _tables(one, bounds, settings, len(usable), usable)
-            choices.append(
-                Placed(variant=one.variant, choice=on_set(own, usable, bound=h)._replace(layers=tuple(usable)))
-            )
+            own, counts = _tables(one, bounds, settings, size, usable), one.variant.parameters
+            if settings.max_parameters is None or sum(counts[layer] for layer in usable) <= settings.max_parameters:
+                choice = on_set(own, usable, bound=h)._replace(layers=tuple(usable))
+            else:  # what of it fits
+                choice = best_set(
+                    own, bound=h, max_exits=size, max_parameters=settings.max_parameters, parameters=counts
+                )
+            choices.append(Placed(variant=one.variant, choice=choice))
         return min(choices, key=lambda placed: placed.choice.relative_seconds)
 
-    named = {name: restricted(layers) for name, layers in named_sets(n_blocks, settings.max_exits, recipe).items()}
+    named = {}
+    for name, layers in named_sets(n_blocks, settings.max_exits, recipe).items():
+        if set(layers) & set(blocks):
+            named[name] = restricted(layers)
+        else:
+            say(f"{name}: no exit before the last of {n_blocks} blocks, so it saves nothing and is left out")
     draw = random.Random(0)
     sets: set[tuple[int, ...]] = set()
     n_exits = min(settings.max_exits, len(blocks))
@@ -234,9 +244,15 @@ def search_all(recorded: list[Recorded], recipe: Recipe, settings: Settings, say
     )  # fmt: skip
 
 
+def is_adversarial(recipe: Recipe, variant: str) -> bool:
+    """Whether exits of a variant are trained against discriminators; classifiers have no features to judge."""
+    return recipe.loss.adversarial_weight > 0 and variant != "classifier"
+
+
 def named_sets(n_blocks: int, max_exits: int, recipe: Recipe) -> dict[str, tuple[int, ...]]:
     """Placements that nobody searched for, by name: uniform ones, the authors' scaled to L blocks, and the recipe's own."""
-    sets = {"uniform": tuple(_nearest(i * n_blocks / (max_exits + 1)) for i in range(1, max_exits + 1))}
+    even = {max(1, _nearest(i * n_blocks / (max_exits + 1))) for i in range(1, max_exits + 1)}
+    sets = {"uniform": tuple(sorted(even))}
     for name, layers in HAND_PICKED.items():
         scaled = sorted({max(1, _nearest(layer * n_blocks / HAND_PICKED_OF)) for layer in layers})
         sets[f"{name}, {list(layers)} of {HAND_PICKED_OF}"] = tuple(scaled)
@@ -257,12 +273,10 @@ def add_retrained(
 
 
 def shared_thresholds(choice: Choice) -> tuple[float, ...]:
-    """One threshold per layer of the choice: the highest at which any recording asks the exit."""
-    asked = [
-        [dict(zip(one.layers, one.thresholds, strict=True)).get(layer) for one in choice.placements]
-        for layer in choice.layers
-    ]
-    return tuple(max(value for value in values if value is not None) for values in asked)
+    """One threshold per layer of the choice: the highest of any recording's, ``OFF`` where any of them switches the exit off."""
+    return tuple(
+        max(values) for values in zip(*(_thresholds(p, choice.layers) for p in choice.placements), strict=True)
+    )
 
 
 def measure(

@@ -49,7 +49,7 @@ class RecordedAnswers:
     places: Integers
     """[T], 0-based place in its answer."""
     prompts: Integers
-    """[N], prompt positions."""
+    """[N], positions that the blocks had before the answer."""
     tokens: Integers
     """[T], the full model's."""
     labels: Integers
@@ -141,7 +141,7 @@ def record_answers(
         tokens += answer.tokens
         labels += _labels(encoder, sample, answer.tokens)
         lengths.append(len(answer.tokens))
-        prompts.append(len(prompt))
+        prompts.append(backbone.layout.decoder_positions(prompt))
     return RecordedAnswers(
         task=task,
         exit_layers=bank.exit_layers,

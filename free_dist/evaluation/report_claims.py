@@ -64,9 +64,10 @@ def placement_claims(content: Mapping[str, Any]) -> list[str]:
     predicted, measured = content["predicted"].get("predicted_speed"), content["measured"].get("measured_speed")
     layers = " ".join(map(str, content["measured"]["layers"]))
     if predicted and measured:
+        speed = interval(measured, content["measured"].get("measured_speed_interval"), 2)
         found.append(
-            f"placement: exits after blocks {layers}; predicted speed {number(predicted, 2)}, measured "
-            f"{interval(measured, content['measured'].get('measured_speed_interval'), 2)} ({predicted / measured - 1:+.1%})."
+            f"placement: exits after blocks {layers}; predicted speed {number(predicted, 2)}, measured {speed} "
+            f"({measured / predicted - 1:+.1%} against the prediction)."
         )
     others = [one for one in content["baselines"].values() if one.get("measured_speed") is not None]
     if measured and others:
@@ -76,16 +77,20 @@ def placement_claims(content: Mapping[str, Any]) -> list[str]:
 
 
 def depth_claims(content: Mapping[str, Any]) -> list[str]:
-    """Per task: the deepest dip among the curves, and overthinking where it was counted."""
+    """Per task: the deepest dip among the curves whose interval lies above 0."""
     found = []
     for task, one in content["tasks"].items():
-        dips = {name: dip for name, dip in one.get("dips", {}).items() if dip and dip.get("block") is not None}
+        dips = {
+            name: dip
+            for name, dip in one.get("dips", {}).items()
+            if dip is not None and dip["depth"] > 0 and dip["interval"][0] > 0
+        }
         if dips:
             name = max(dips, key=lambda n: dips[n]["depth"])
-            depth = interval(dips[name]["depth"], dips[name].get("interval"))
+            depth = interval(dips[name]["depth"], dips[name]["interval"])
             found.append(f"{task}: the deepest dip of accuracy is at block {dips[name]['block']} ({name}): {depth}.")
         else:
-            found.append(f"{task}: no curve dips.")
+            found.append(f"{task}: no curve has a dip of accuracy that is told from noise.")
     return found
 
 

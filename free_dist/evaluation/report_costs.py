@@ -76,7 +76,8 @@ class CostMeasure:
         return sum(found) / len(found)
 
     def _task_rows(self, task: TaskAnswers, costs: DecodeCosts, vision: float) -> list[dict[str, Any]]:
-        prompts = [len(self.encoder.encode_prompt(sample.turns)) for sample in task.samples]
+        layout = self.backbone.layout
+        prompts = [layout.decoder_positions(self.encoder.encode_prompt(sample.turns)) for sample in task.samples]
         rows = []
         for i, arm in enumerate(task.arms):
             if arm.method not in ("full", self.method):

@@ -161,7 +161,7 @@ def benchmark_task(
         costs,
         lossy.layers(model.bank),
         [row[number] for row in answers],
-        [len(prompt.prompt_ids) for prompt in prompts[: len(answers)]],
+        [model.backbone.layout.decoder_positions(prompt.prompt_ids) for prompt in prompts[: len(answers)]],
         vision=rows[0]["split"]["vision"][0],
     )
     measured = rows[number]["speedup_over_full"]

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from free_dist.backbones import Blip2Backbone
-from free_dist.config import DecodingConfig, EvaluationConfig, ExitsConfig, Recipe, UserError
+from free_dist.config import EXIT_VARIANTS, DecodingConfig, EvaluationConfig, ExitsConfig, Recipe, UserError
 from free_dist.evaluation.calibration import OFF
 from free_dist.evaluation.placement_plot import placement_picture
 from free_dist.evaluation.placement_run import (
@@ -20,6 +20,7 @@ from free_dist.evaluation.placement_run import (
     Recorded,
     Settings,
     Variant,
+    is_adversarial,
     measure,
     named_sets,
     record,
@@ -27,6 +28,7 @@ from free_dist.evaluation.placement_run import (
 )
 from free_dist.exits import ExitBank
 from free_dist.exits.export import save_exits
+from free_dist.recipe_checks import check_recipe
 
 SETTINGS = Settings(max_exits=2, max_harm=0.05, record=4, random_sets=2, random_measured=1, samples=4, rounds=1)
 
@@ -98,6 +100,28 @@ def test_a_parameter_budget_turns_to_smaller_exits_or_none(recorded, recipe) -> 
     assert all(point["parameters"] <= 1 for point in found.points)
 
 
+def test_placements_that_nobody_searched_for_keep_the_parameter_budget(recorded, recipe) -> None:
+    found = search_all(recorded, recipe, replace(SETTINGS, max_parameters=1, max_harm=99.0), lambda _: None)
+    for name, placed in (found.named | found.drawn).items():
+        assert sum(placed.variant.parameters[layer] for layer in placed.choice.layers) <= 1, name
+        assert {layer for one in placed.choice.placements for layer in one.layers} <= set(placed.choice.layers)
+
+
+def test_a_placement_without_an_exit_before_the_last_block_is_left_out_and_said_so(recorded, recipe) -> None:
+    said: list[str] = []
+    last = replace(recipe, exits=ExitsConfig(exit_layers=[4]))
+    found = search_all(recorded, last, SETTINGS, said.append)
+    assert "recipe" not in found.named and "uniform" in found.named
+    assert any("recipe: no exit before the last of 4 blocks" in line for line in said)
+
+
+def test_uniform_placements_of_a_shallow_model_name_no_block_twice(recorded, recipe) -> None:
+    assert named_sets(3, 3, recipe)["uniform"] == (1, 2)
+    assert named_sets(2, 9, recipe)["uniform"] == (1, 2)
+    found = search_all(recorded, recipe, replace(SETTINGS, max_exits=5), lambda _: None)
+    assert found.named["uniform"].choice.layers == (1, 2, 3)
+
+
 def test_a_speed_that_nothing_reaches_is_told_with_what_is_reached(recorded, recipe) -> None:
     with pytest.raises(UserError, match=r"--min-speed 1000.0: the fastest placement .* is predicted at \d"):
         search_all(recorded, recipe, replace(SETTINGS, min_speed=1000.0), lambda _: None)
@@ -119,3 +143,28 @@ def test_parameters_of_an_export_are_counted_per_exit(model: Blip2Backbone, tmp_
     whole = sum(tensor.numel() for tensor in bank.trainable_state_dict().values())
     assert variant.parameters == {1: whole // 2, 3: whole // 2}
     assert variant.bank.variant.name == "full" and not any(p.requires_grad for p in variant.bank.parameters())
+
+
+@pytest.mark.parametrize("variant", EXIT_VARIANTS)
+def test_every_variant_is_trained_with_a_loss_that_its_recipe_may_have(recipe: Recipe, variant: str) -> None:
+    assert recipe.loss.adversarial_weight > 0
+    weight = recipe.loss.adversarial_weight if is_adversarial(recipe, variant) else 0.0
+    check_recipe(
+        replace(
+            recipe,
+            exits=replace(recipe.exits, variant=variant),
+            loss=replace(recipe.loss, adversarial_weight=weight),
+        )
+    )
+    assert is_adversarial(recipe, variant) == (variant != "classifier")
+
+
+def test_classifiers_are_recorded_and_searched_as_other_exits(
+    model: Blip2Backbone, tiny_encoder, recipe: Recipe, tmp_path: Path
+) -> None:
+    bank = ExitBank(model, (1, 2, 3), variant="classifier")
+    save_exits(bank, tmp_path, thresholds=0.9, backbone=model)
+    heads = Variant.load("classifier", model, tmp_path)
+    recorded = record(model, tiny_encoder, recipe, [heads], SETTINGS, lambda _: None)
+    found = search_all(recorded, recipe, SETTINGS, lambda _: None)
+    assert found.chosen.variant is heads and all(count > 0 for count in heads.parameters.values())

@@ -58,7 +58,39 @@ def test_a_dip_names_its_block_and_its_interval_tells_noise_from_a_fall() -> Non
     assert found.interval[0] < found.depth < found.interval[1]
     assert found.interval[0] > 0.3 and found.interval[1] < 0.5
     noise = dip(flat, samples, weights)
-    assert noise.interval[0] < 0.01
+    assert noise.interval[0] < 0 < noise.depth
+    rising = hits([[0, 0, 1, 0], [0, 1, 1, 0], [0, 1, 1, 1]])
+    assert dip(rising, np.arange(4), resampled(np.arange(4), resamples=20)) == (1, 0.0, (0.0, 0.0))
+
+
+def correlated_hits(accuracy: list[float], samples: int, generator: np.random.Generator) -> Hits:
+    """Blocks that mostly hit the same tokens, as blocks of one model do."""
+    shared, own = generator.random(samples), generator.random((len(accuracy), samples))
+    drawn = np.where(generator.random((len(accuracy), samples)) < 0.7, shared, own)
+    return hits((drawn < np.array(accuracy)[:, None]).tolist())
+
+
+@pytest.mark.parametrize("accuracy", [[0.7] * 3, [0.7] * 12, [0.2, 0.5, 0.8, 0.8, 0.8, 0.8]])
+def test_curves_without_a_dip_have_an_interval_above_zero_in_at_most_one_repeat_of_twenty(
+    accuracy: list[float],
+) -> None:
+    generator = np.random.default_rng(1)
+    samples = np.arange(200)
+    weights = resampled(samples, resamples=200)
+    found = [dip(correlated_hits(accuracy, 200, generator), samples, weights) for _ in range(200)]
+    assert sum(one.depth > 0 for one in found) > 100
+    assert sum(one.interval[0] > 0 for one in found) <= 10
+
+
+def test_a_dip_of_several_points_is_found_and_covered() -> None:
+    generator = np.random.default_rng(2)
+    samples = np.arange(1000)
+    weights = resampled(samples, resamples=200)
+    accuracy = [0.3, 0.5, 0.7, 0.62, 0.8, 0.9]
+    found = [dip(correlated_hits(accuracy, 1000, generator), samples, weights) for _ in range(40)]
+    assert all(one.block == 4 for one in found)
+    assert sum(one.interval[0] > 0 for one in found) >= 36
+    assert sum(one.interval[0] <= 0.08 <= one.interval[1] for one in found) >= 38
 
 
 def test_resampled_means_are_means_over_tokens_of_the_samples_drawn() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from free_dist.config import UserError
 from free_dist.evaluation.arms import Split
+from free_dist.evaluation.calibration import OFF
 from free_dist.evaluation.cost_model import DecodeCosts, ExitSetting, token_costs
 from free_dist.evaluation.placement_run import shared_thresholds
 from free_dist.evaluation.recording import RecordedAnswers, Timed, anchored_costs, placement_costs
@@ -230,9 +231,10 @@ def test_placements_name_a_threshold_per_layer() -> None:
             assert placement is None or (placement.layers == layers and len(placement.thresholds) == len(layers))
 
 
-def test_thresholds_shared_by_tasks_are_the_safest_of_those_that_ask() -> None:
+def test_thresholds_shared_by_tasks_are_the_safest_and_off_where_any_task_has_the_exit_off() -> None:
     placements = (
         Placement(layers=(1, 4), thresholds=(0.5, 0.8), seconds=1.0, harm=0.0),
         Placement(layers=(4,), thresholds=(0.2,), seconds=1.0, harm=0.0),
     )
-    assert shared_thresholds(Choice((1, 4), placements, (0.5, 0.5))) == (0.5, 0.8)
+    assert shared_thresholds(Choice((1, 4), placements, (0.5, 0.5))) == (OFF, 0.8)
+    assert shared_thresholds(Choice((1, 4), placements[:1], (0.5,))) == (0.5, 0.8)
