@@ -39,7 +39,7 @@ def main() -> None:
         words = [word for word in sys.argv[1:] if word != "--complete"]
         pages, gaps = write_run_report(runs, out, command=shlex.join(["python", "launch/report.py", *words]))
     for gap in gaps:
-        print(f"not measured: {gap.what}; make it with: {gap.command}")
+        print(f"{gap.said}; make it with: {gap.command}")
     for path in pages:
         print(path)
 
