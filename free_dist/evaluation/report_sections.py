@@ -5,6 +5,7 @@ what a claim compares.  Does not know HTML or Markdown, and runs nothing."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -349,7 +350,7 @@ class RunSections:
 
     def _training(self) -> Section:
         logs = self.run.logs()
-        command = f"python launch/draw_curves.py {self.run.path}/exits"
+        command = shlex.join(["python", "launch/draw_curves.py", str(self.run.path / "exits")])
         if not logs:
             step = STEPS[0]
             gap = Missing(what="training curves", command=self.run.command(step))
@@ -366,7 +367,7 @@ class RunSections:
         return Section(
             title="Training curves",
             blocks=tuple(blocks),
-            command=command if len(logs) > 1 else f"python launch/draw_curves.py {first}",
+            command=command if len(logs) > 1 else shlex.join(["python", "launch/draw_curves.py", str(first)]),
         )
 
     def _provenance(self) -> Section:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from free_dist.config import MissingFileError, Recipe, UserError
+from free_dist.config import BackboneConfig, DataConfig, MissingFileError, Recipe, UserError
 from free_dist.recipe_io import load_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
+"""Of the repository: commands are typed there."""
 RECIPE = "recipe.yaml"
 LOG = "log.jsonl"
 EXPORT = "export"
@@ -49,7 +51,7 @@ STEPS = (
     Step(
         name="comparison with other methods",
         file="comparison.json",
-        command="python launch/compare.py {run}/recipe.yaml",
+        command="python launch/compare.py {run}",
         required=("rows",),
     ),
     Step(
@@ -143,12 +145,26 @@ class RunDirectory:
     def command(self, step: Step) -> str:
         """What to type to do a step for this run.
 
-        A training run of its own (its exits lie in ``export``) is evaluated; any other directory is a quickstart's.
+        A training run of its own (its exits lie in ``export``) is evaluated; any other directory is a quickstart's.  To be
+        typed in the repository's root, wherever the run is read from.
         """
-        name = shlex.quote(str(self.path))
+        name = shlex.quote(str(_from_root(self.path)))
         if step is STEPS[0] and (self.path / EXPORT / MANIFEST).is_file():
             return f"python launch/evaluate.py --exits {name}/{EXPORT} --config {name}/{RECIPE} run_dir={name}"
-        return step.command.replace("{run}", name)
+        words = self._origins() if step.file.endswith(ALONE) else []
+        return " ".join([step.command.replace("{run}", name), *map(shlex.quote, words)])
+
+    def _origins(self) -> list[str]:
+        """Backbone and data of the run as overrides, where they are not those of a recipe that names none."""
+        try:
+            recipe = self.recipe()
+        except UserError:  # whoever needs the recipe says what is wrong with it
+            return []
+        fields = {
+            "backbone.path": (recipe.backbone.path, BackboneConfig.path),
+            "data.root": (recipe.data.root, DataConfig.root),
+        }
+        return [f"{key}={own}" for key, (own, default) in fields.items() if own != default]
 
     def place(self, file: str) -> Path:
         """Where a step's file lies, or would lie."""
@@ -196,6 +212,12 @@ class RunDirectory:
             }
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} holds no probes ({error}): evaluate the run again") from error
+
+
+def _from_root(path: Path) -> Path:
+    """A directory as the repository's root sees it: a run there knows itself by a relative name."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def or_user_error(build: Callable[[], Any], path: Path) -> Any:

@@ -318,7 +318,7 @@ def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def exits_table(manifests: Mapping[str, Mapping[str, Any]], labels: Labels) -> Table:
+def exits_table(manifests: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Table:
     """What each method's exits are: one line per ``exits.json``."""
     headings = ("method", "trained with", "after blocks", "variant", "steps", "weights sha256", "backbone", "code")
     rows = []
