@@ -89,6 +89,12 @@ class Batch:
         )
 
 
+def image_numbers(samples: Sequence[Sample]) -> list[int]:
+    """Which image each sample is about, the images numbered from 0 as they come; what is said of one hangs together."""
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(sample.image, len(numbers)) for sample in samples]
+
+
 def training_samples(record: Record, task: str, config: DataConfig, rng: random.Random) -> list[Sample]:
     """The samples that one record gives to one epoch of ``task``; empty if it has nothing for it."""
     if task == "caption":

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from free_dist.atomic import write_atomically
 from free_dist.backbones import Backbone
 from free_dist.config import ConfigError, MissingFileError, Recipe, UserError
-from free_dist.data.samples import SampleEncoder
+from free_dist.data.samples import SampleEncoder, image_numbers
 from free_dist.data.stream import split_samples
 from free_dist.decoding.calibrate import Floats, descent_path, replay, undominated
 from free_dist.decoding.generate import generate
@@ -156,10 +156,9 @@ class CalibrationSet:
         self.samples = split_samples(recipe.data, "calibration", task, max_samples=recipe.evaluation.max_samples)
         if not self.samples:
             raise ConfigError(f"data.root: {recipe.data.root}/calibration has nothing for task {task!r}")
-        numbers: dict[bytes, int] = {}
-        self.images = np.array([numbers.setdefault(sample.image, len(numbers)) for sample in self.samples])
+        self.images = np.array(image_numbers(self.samples))
         """[S], sample -> number of its image."""
-        self.n_images = len(numbers)
+        self.n_images = int(self.images.max()) + 1
         self.n_exits = len(bank.exit_layers)
         self.decodes = 0
         """Answers decoded so far."""

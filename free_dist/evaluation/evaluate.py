@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from free_dist.backbones import Backbone, Blip2Backbone
 from free_dist.config import WITHHELD, ConfigError, Recipe
-from free_dist.data.samples import Sample, SampleEncoder
+from free_dist.data.samples import Sample, SampleEncoder, image_numbers
 from free_dist.data.stream import split_samples, withheld_samples
 from free_dist.evaluation.benchmark import (
     Answer,
@@ -29,6 +29,7 @@ from free_dist.evaluation.benchmark import (
     exits_arm,
     full_arm,
     hf_arm,
+    mean_with_interval,
     ratio_with_interval,
     run_interleaved,
 )
@@ -208,7 +209,8 @@ def task_rows(
 ) -> list[Row]:
     """One row per arm from the merged results of a task; ``arms[0]`` is the full-depth decoder, the teacher.
 
-    ``samples``: all that ``results`` number; with them, qualities are broken down by what the data set says of a sample.
+    ``samples``: all that ``results`` number; with them, qualities are broken down by what the data set says of a sample, and
+    their intervals are over images.
     """
     assert (arms[0].method, arms[0].stride) == ("full", 1)
     scorer = scorer or TaskScorer(task_name)
@@ -227,6 +229,8 @@ def _row(
     samples: Sequence[Sample],
 ) -> Row:
     seen = [result for result in results if result.answers[i] is not None]
+    numbers = image_numbers(samples) if samples else range(len(results))
+    images = [numbers[result.index] for result in seen]
     own, full = _answers(seen, i), _answers(seen, 0)
     score, score_full = _score(scorer, seen, i), _score(scorer, seen, 0)
     n_tokens = sum(len(answer.tokens) for answer in own)
@@ -245,14 +249,14 @@ def _row(
     }
     parts = {}
     if score.per_sample:
-        _, extras["quality_interval"] = ratio_with_interval(score.per_sample, [1.0] * len(score.per_sample))
+        _, extras["quality_interval"] = mean_with_interval(score.per_sample, images)
     if samples and score.per_sample:
         origins = [samples[result.index].origin for result in seen]
         parts = scorer.breakdown(_texts(seen, i), [result.references for result in seen], origins)
     if parts:
         extras["breakdown"] = parts
     if score_full.quality > 0:
-        _, extras["quality_ratio_interval"] = ratio_with_interval(score.per_sample, score_full.per_sample)
+        _, extras["quality_ratio_interval"] = ratio_with_interval(score.per_sample, score_full.per_sample, images)
     wall_hf = None
     if hf is not None:
         shared = [result for result in seen if result.answers[hf] is not None]
