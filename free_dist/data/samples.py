@@ -13,6 +13,7 @@ Shape letters: B rows, I distinct images, T positions, N decoder positions, S to
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,11 @@ class Sample:
     references: tuple[str, ...] = field(default=())
     """Acceptable texts for the last answer; used by metrics only.  Empty where they are withheld."""
     origin: Origin = field(default_factory=Origin)
+
+    @property
+    def record_key(self) -> str:
+        """The key of the record that it was made from."""
+        return re.sub(r"-[qt]\d+$", "", self.key) if self.task != "caption" else self.key
 
 
 @dataclass(frozen=True, kw_only=True)
