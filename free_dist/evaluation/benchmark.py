@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone, Blip2Backbone, Instruction
+from free_dist.data.samples import Sample, SampleEncoder
 from free_dist.decoding.generate import generate
 from free_dist.decoding.result import Generation
 from free_dist.exits import ExitBank
@@ -164,6 +165,20 @@ def decoded(generation: Generation) -> Decoded:
     tokens = [token for row in generation for token in row.tokens]
     exits = [row.n_blocks if layer is None else layer for row in generation for layer in row.exit_layers]
     return Decoded(tokens, exits, generation.calls.block_calls + generation.calls.exit_calls)
+
+
+def prompted(
+    backbone: Backbone, encoder: SampleEncoder, samples: Iterable[Sample], *, first: int = 0, step: int = 1
+) -> Iterator[Prompted]:
+    """Samples made ready for the clock one by one, numbered from ``first`` on by ``step``."""
+    device = next(backbone.parameters()).device
+    for i, sample in enumerate(samples):
+        yield Prompted(
+            index=first + i * step,
+            pixel_values=encoder.encode_image(sample.image)[None].to(device),
+            prompt_ids=encoder.encode_prompt(sample.turns),
+            instruction=encoder.encode_instruction(sample.turns, device),
+        )
 
 
 def run_interleaved(

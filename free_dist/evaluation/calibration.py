@@ -38,7 +38,7 @@ from free_dist.atomic import write_atomically
 from free_dist.backbones import Backbone
 from free_dist.config import ConfigError, MissingFileError, Recipe, UserError
 from free_dist.data.samples import SampleEncoder, image_numbers
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import required_samples
 from free_dist.decoding.calibrate import Floats, descent_path, replay, undominated
 from free_dist.decoding.generate import generate
 from free_dist.decoding.policy import Decision, MaxProbPolicy, Scores
@@ -153,9 +153,7 @@ class CalibrationSet:
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r}: want one of {', '.join(LOSSES)}")
         self.task = find_task(task)
-        self.samples = split_samples(recipe.data, "calibration", task, max_samples=recipe.evaluation.max_samples)
-        if not self.samples:
-            raise ConfigError(f"data.root: {recipe.data.root}/calibration has nothing for task {task!r}")
+        self.samples = required_samples(recipe.data, "calibration", task, max_samples=recipe.evaluation.max_samples)
         self.images = np.array(image_numbers(self.samples))
         """[S], sample -> number of its image."""
         self.n_images = int(self.images.max()) + 1

@@ -19,17 +19,17 @@ import torch
 from tqdm import tqdm
 
 from free_dist.backbones import Backbone, Blip2Backbone
-from free_dist.config import WITHHELD, ConfigError, Recipe
+from free_dist.config import WITHHELD, Recipe
 from free_dist.data.samples import Sample, SampleEncoder, image_numbers
-from free_dist.data.stream import split_samples, withheld_samples
+from free_dist.data.stream import nothing_for_task, split_samples, withheld_samples
 from free_dist.evaluation.benchmark import (
     Answer,
     Arm,
-    Prompted,
     exits_arm,
     full_arm,
     hf_arm,
     mean_with_interval,
+    prompted,
     ratio_with_interval,
     run_interleaved,
 )
@@ -118,9 +118,7 @@ def evaluate_tasks(
         task = scorer.task.name
         samples = task_samples(recipe, task)
         if not samples:
-            raise ConfigError(
-                f"evaluation.tasks: {recipe.data.root}/{recipe.evaluation.split} has nothing for task {task!r}"
-            )
+            raise nothing_for_task(recipe.data, recipe.evaluation.split, task)
         arms = standard_arms(backbone, banks, recipe, n_samples=len(samples))
         mine = samples[rank::world_size]
         bar = tqdm(total=len(mine), desc=f"evaluate {task}", unit="sample", disable=quiet or rank != 0, mininterval=1.0)
@@ -176,19 +174,8 @@ def answer_samples(
     world_size: int,
 ) -> Iterator[SampleResult]:
     """Run this rank's samples through all arms."""
-    device = next(backbone.parameters()).device
-
-    def prompted() -> Iterator[Prompted]:
-        for i, sample in enumerate(samples):
-            pixels = encoder.encode_image(sample.image)[None].to(device)
-            yield Prompted(
-                index=rank + i * world_size,
-                pixel_values=pixels,
-                prompt_ids=encoder.encode_prompt(sample.turns),
-                instruction=encoder.encode_instruction(sample.turns, device),
-            )
-
-    for i, answers in enumerate(run_interleaved(arms, prompted())):
+    ready = prompted(backbone, encoder, samples, first=rank, step=world_size)
+    for i, answers in enumerate(run_interleaved(arms, ready)):
         yield SampleResult(
             index=rank + i * world_size,
             references=samples[i].references,
