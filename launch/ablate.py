@@ -91,13 +91,11 @@ def run(
     from free_dist.evaluation.probe import LENS, probe_exits
     from free_dist.evaluation.report import aligned
     from free_dist.exits.export import load_exits
+    from free_dist.exits.transformer import trained_parameters
 
     backbone, encoder = load_for_inference(base.backbone, device=device, dtype=dtype)
     banks = {f"{name} {seed}": load_exits(backbone, export) for (name, seed), export in exports.items()}
-    parameters = {
-        name: sum(weight.numel() for weight in banks[f"{name} {seeds[0]}"].trainable_state_dict().values())
-        for name in recipes
-    }
+    parameters = {name: trained_parameters(banks[f"{name} {seeds[0]}"]) for name in recipes}
     rows = []
     for probe in probe_exits(backbone, encoder, banks, base):
         accuracies = defaultdict(list)

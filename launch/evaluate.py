@@ -91,6 +91,7 @@ def run(
     from transformers.utils.logging import disable_progress_bar
 
     from free_dist.data.pretrained import load_for_inference
+    from free_dist.data.shards import read_manifest
     from free_dist.distributed import all_gather
     from free_dist.evaluation.evaluate import evaluate_tasks
     from free_dist.evaluation.probe import probe_exits
@@ -101,7 +102,7 @@ def run(
     from free_dist.monitor import log_pictures
 
     disable_progress_bar()
-    dataset = None if submission is None else check_submission(recipe)
+    dataset = None if submission is None else check_submission(recipe, part=submission_questions is not None)
     questions = None if submission_questions is None else question_ids(submission_questions)
     backbone, encoder = load_for_inference(recipe.backbone, device=device, dtype=dtype)
     banks = {method: load_exits(backbone, export) for method, export in directories.items()}
@@ -118,7 +119,10 @@ def run(
     ranked = [] if ranking is None else ranking.rows()
     paths = write_report(rows, probes, recipe.run_dir, labels=labels, ranking=ranked, about=about(recipe))
     if submission is not None and dataset is not None:
-        paths.submissions.extend(write_submissions(submission, dataset, evaluations, ranking, questions=questions))
+        split = read_manifest(recipe.data.root, recipe.evaluation.split, timeout=recipe.data.read_timeout)
+        paths.submissions.extend(
+            write_submissions(submission, dataset, evaluations, ranking, questions=questions, records=split.samples)
+        )
     log_pictures(Path(recipe.run_dir), paths.plots)
     return paths
 

@@ -39,7 +39,7 @@ def main() -> None:
         words = [word for word in sys.argv[1:] if word != "--complete"]
         pages, gaps = write_run_report(runs, out, command=shlex.join(["python", "launch/report.py", *words]))
     for gap in gaps:
-        print(f"not measured: {gap.what}; make it with: {gap.command}")
+        print(f"{gap.said}; make it with: {gap.command}")
     for path in pages:
         print(path)
 
@@ -48,16 +48,11 @@ def complete(run: Path) -> None:
     """Run the steps whose files are missing, in order; raises UserError for one that fails."""
     from free_dist.evaluation.report_sources import STEPS, RunDirectory
 
-    place = run.resolve()
-    if place.is_relative_to(ROOT):
-        place = place.relative_to(
-            ROOT
-        )  # a run knows its directory by this name when it is made without this launcher, too
     for step in STEPS:
         # Asked anew each time: one step may make what another needs.
         if run.is_dir() and any(run.iterdir()) and RunDirectory.open(run).measured(step.file) is not None:
             continue
-        words = shlex.split(RunDirectory(path=place).command(step))
+        words = shlex.split(RunDirectory(path=run).command(step))
         print(f"\n{step.name}: {shlex.join(words)}", flush=True)
         code = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=False).returncode
         if code:

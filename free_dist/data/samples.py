@@ -13,6 +13,7 @@ Shape letters: B rows, I distinct images, T positions, N decoder positions, S to
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,11 @@ class Sample:
     references: tuple[str, ...] = field(default=())
     """Acceptable texts for the last answer; used by metrics only.  Empty where they are withheld."""
     origin: Origin = field(default_factory=Origin)
+
+    @property
+    def record_key(self) -> str:
+        """The key of the record that it was made from."""
+        return re.sub(r"-[qt]\d+$", "", self.key) if self.task != "caption" else self.key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +93,12 @@ class Batch:
             decoder_ids=None if self.decoder_ids is None else self.decoder_ids.to(device),
             instruction=None if self.instruction is None else self.instruction.to(device),
         )
+
+
+def image_numbers(samples: Sequence[Sample]) -> list[int]:
+    """Which image each sample is about, the images numbered from 0 as they come; what is said of one hangs together."""
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(sample.image, len(numbers)) for sample in samples]
 
 
 def training_samples(record: Record, task: str, config: DataConfig, rng: random.Random) -> list[Sample]:

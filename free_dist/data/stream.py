@@ -23,7 +23,7 @@ import numpy as np
 import webdataset as wds
 from torch import Tensor
 
-from free_dist.config import TASKS, DataConfig, UserError
+from free_dist.config import TASKS, ConfigError, DataConfig, UserError
 from free_dist.data.images import check_image
 from free_dist.data.order import EpochOrder, Integers, StreamState, hashed, key_of, permutation, tasks_of_batches
 from free_dist.data.prefetch import Progress, in_background
@@ -314,6 +314,19 @@ def split_samples(
             begin = int(ends[record]) - len(made)
             samples += [made[place - begin] for place in places[numbers == record].tolist()]
     return samples[rank::world_size]
+
+
+def required_samples(config: DataConfig, split: str, task: str, *, max_samples: int = 0) -> list[Sample]:
+    """What :func:`split_samples` gives, for whoever cannot do without; raises ConfigError where that is nothing."""
+    samples = split_samples(config, split, task, max_samples=max_samples)
+    if not samples:
+        raise nothing_for_task(config, split, task)
+    return samples
+
+
+def nothing_for_task(config: DataConfig, split: str, task: str) -> ConfigError:
+    """The error of a split that gives no sample of a task."""
+    return ConfigError(f"data.root: {config.root}/{split} has nothing for task {task!r}")
 
 
 def withheld_samples(config: DataConfig, split: str, task: str, *, max_samples: int = 0) -> list[Sample]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone, Blip2Backbone, Instruction
+from free_dist.data.samples import Sample, SampleEncoder
 from free_dist.decoding.generate import generate
 from free_dist.decoding.result import Generation
 from free_dist.exits import ExitBank
@@ -167,6 +168,20 @@ def decoded(generation: Generation, bank: ExitBank | None = None) -> Decoded:
     return Decoded(tokens, exits, generation.calls.block_calls + asked)
 
 
+def prompted(
+    backbone: Backbone, encoder: SampleEncoder, samples: Iterable[Sample], *, first: int = 0, step: int = 1
+) -> Iterator[Prompted]:
+    """Samples made ready for the clock one by one, numbered from ``first`` on by ``step``."""
+    device = next(backbone.parameters()).device
+    for i, sample in enumerate(samples):
+        yield Prompted(
+            index=first + i * step,
+            pixel_values=encoder.encode_image(sample.image)[None].to(device),
+            prompt_ids=encoder.encode_prompt(sample.turns),
+            instruction=encoder.encode_instruction(sample.turns, device),
+        )
+
+
 def run_interleaved(
     arms: Sequence[Arm], samples: Iterable[Prompted], *, warmup: int = 2
 ) -> Iterator[list[Answer | None]]:
@@ -201,17 +216,39 @@ def run_interleaved(
 
 
 def ratio_with_interval(
-    reference: Sequence[float], measured: Sequence[float], *, level: float = 0.95, seed: int = 0
+    reference: Sequence[float],
+    measured: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float, tuple[float, float]]:
-    """``sum(reference) / sum(measured)`` over paired values, and its percentile bootstrap interval over samples."""
+    """``sum(reference) / sum(measured)`` over paired values, and its percentile bootstrap interval over samples.
+
+    ``groups``: what each pair belongs to, such as the image that is asked about; then whole groups are drawn, because the
+    pairs of one are not independent.
+    """
     if len(reference) != len(measured) or not len(measured):
         raise ValueError(f"{len(reference)} reference values against {len(measured)}: want equal and above 0")
     top, bottom = np.asarray(reference, dtype=np.float64), np.asarray(measured, dtype=np.float64)
+    if groups is not None:
+        if len(groups) != len(measured):
+            raise ValueError(f"{len(groups)} groups for {len(measured)} values")
+        numbers: dict[Hashable, int] = {}
+        group = [numbers.setdefault(one, len(numbers)) for one in groups]
+        top, bottom = (np.bincount(group, values).astype(np.float64) for values in (top, bottom))
     drawn = np.random.default_rng(seed).integers(0, len(top), (RESAMPLES, len(top)))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = top[drawn].sum(1) / bottom[drawn].sum(1)
     low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
     return float(top.sum() / bottom.sum()), (float(low), float(high))
+
+
+def mean_with_interval(
+    values: Sequence[float], groups: Sequence[Hashable], *, level: float = 0.95, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Mean, and its percentile bootstrap interval over whole groups of values, see :func:`ratio_with_interval`."""
+    return ratio_with_interval(values, [1.0] * len(values), groups, level=level, seed=seed)
 
 
 def median_with_interval(

@@ -37,8 +37,8 @@ from tqdm import tqdm
 from free_dist.atomic import write_atomically
 from free_dist.backbones import Backbone
 from free_dist.config import ConfigError, MissingFileError, Recipe, UserError
-from free_dist.data.samples import SampleEncoder
-from free_dist.data.stream import split_samples
+from free_dist.data.samples import SampleEncoder, image_numbers
+from free_dist.data.stream import required_samples
 from free_dist.decoding.calibrate import Floats, descent_path, replay, undominated
 from free_dist.decoding.generate import generate
 from free_dist.decoding.policy import Decision, MaxProbPolicy, Scores
@@ -153,13 +153,10 @@ class CalibrationSet:
         if loss not in LOSSES:
             raise ValueError(f"loss={loss!r}: want one of {', '.join(LOSSES)}")
         self._scorer = TaskScorer(task, recipe.evaluation, only_quality=True)
-        self.samples = split_samples(recipe.data, "calibration", task, max_samples=recipe.evaluation.max_samples)
-        if not self.samples:
-            raise ConfigError(f"data.root: {recipe.data.root}/calibration has nothing for task {task!r}")
-        numbers: dict[bytes, int] = {}
-        self.images = np.array([numbers.setdefault(sample.image, len(numbers)) for sample in self.samples])
+        self.samples = required_samples(recipe.data, "calibration", task, max_samples=recipe.evaluation.max_samples)
+        self.images = np.array(image_numbers(self.samples))
         """[S], sample -> number of its image."""
-        self.n_images = len(numbers)
+        self.n_images = int(self.images.max()) + 1
         self.n_exits = len(bank.exit_layers)
         self.decodes = 0
         """Answers decoded so far."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone
-from free_dist.config import ConfigError, Recipe
+from free_dist.config import Recipe
 from free_dist.data.samples import Batch, Sample, SampleEncoder
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import required_samples, split_samples
 from free_dist.evaluation.depth import DepthReading, Hits, joined_readings
 from free_dist.evaluation.depth_lens import TunedLens
 from free_dist.evaluation.probe import all_blocks, bank_tokens, lens_tokens, scored_positions
@@ -67,9 +67,7 @@ def read_depth(
     settings = recipe.evaluation
     found = []
     for task in settings.tasks:
-        samples = split_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
-        if not samples:
-            raise ConfigError(f"evaluation.tasks: {recipe.data.root}/{settings.split} has nothing for task {task!r}")
+        samples = required_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
         batches = in_batches(encoder, samples, next(backbone.parameters()).device)
         found.append(joined_readings([read_batch(backbone, batch, banks=banks, lens=lens) for batch in batches]))
     return found

@@ -19,16 +19,17 @@ import torch
 from tqdm import tqdm
 
 from free_dist.backbones import Backbone, Blip2Backbone
-from free_dist.config import WITHHELD, ConfigError, Recipe
-from free_dist.data.samples import Sample, SampleEncoder
-from free_dist.data.stream import split_samples, withheld_samples
+from free_dist.config import WITHHELD, Recipe
+from free_dist.data.samples import Sample, SampleEncoder, image_numbers
+from free_dist.data.stream import nothing_for_task, split_samples, withheld_samples
 from free_dist.evaluation.benchmark import (
     Answer,
     Arm,
-    Prompted,
     exits_arm,
     full_arm,
     hf_arm,
+    mean_with_interval,
+    prompted,
     ratio_with_interval,
     run_interleaved,
 )
@@ -117,9 +118,7 @@ def evaluate_tasks(
         task = scorer.task.name
         samples = task_samples(recipe, task)
         if not samples:
-            raise ConfigError(
-                f"evaluation.tasks: {recipe.data.root}/{recipe.evaluation.split} has nothing for task {task!r}"
-            )
+            raise nothing_for_task(recipe.data, recipe.evaluation.split, task)
         arms = standard_arms(backbone, banks, recipe, n_samples=len(samples))
         mine = samples[rank::world_size]
         bar = tqdm(total=len(mine), desc=f"evaluate {task}", unit="sample", disable=quiet or rank != 0, mininterval=1.0)
@@ -175,19 +174,8 @@ def answer_samples(
     world_size: int,
 ) -> Iterator[SampleResult]:
     """Run this rank's samples through all arms."""
-    device = next(backbone.parameters()).device
-
-    def prompted() -> Iterator[Prompted]:
-        for i, sample in enumerate(samples):
-            pixels = encoder.encode_image(sample.image)[None].to(device)
-            yield Prompted(
-                index=rank + i * world_size,
-                pixel_values=pixels,
-                prompt_ids=encoder.encode_prompt(sample.turns),
-                instruction=encoder.encode_instruction(sample.turns, device),
-            )
-
-    for i, answers in enumerate(run_interleaved(arms, prompted())):
+    ready = prompted(backbone, encoder, samples, first=rank, step=world_size)
+    for i, answers in enumerate(run_interleaved(arms, ready)):
         yield SampleResult(
             index=rank + i * world_size,
             references=samples[i].references,
@@ -208,7 +196,8 @@ def task_rows(
 ) -> list[Row]:
     """One row per arm from the merged results of a task; ``arms[0]`` is the full-depth decoder, the teacher.
 
-    ``samples``: all that ``results`` number; with them, qualities are broken down by what the data set says of a sample.
+    ``samples``: all that ``results`` number; with them, qualities are broken down by what the data set says of a sample, and
+    their intervals are over images.
     """
     assert (arms[0].method, arms[0].stride) == ("full", 1)
     scorer = scorer or TaskScorer(task_name)
@@ -227,6 +216,8 @@ def _row(
     samples: Sequence[Sample],
 ) -> Row:
     seen = [result for result in results if result.answers[i] is not None]
+    numbers = image_numbers(samples) if samples else range(len(results))
+    images = [numbers[result.index] for result in seen]
     own, full = _answers(seen, i), _answers(seen, 0)
     score, score_full = _score(scorer, seen, i), _score(scorer, seen, 0)
     n_tokens = sum(len(answer.tokens) for answer in own)
@@ -245,14 +236,14 @@ def _row(
     }
     parts = {}
     if score.per_sample:
-        _, extras["quality_interval"] = ratio_with_interval(score.per_sample, [1.0] * len(score.per_sample))
+        _, extras["quality_interval"] = mean_with_interval(score.per_sample, images)
     if samples and score.per_sample:
         origins = [samples[result.index].origin for result in seen]
         parts = scorer.breakdown(_texts(seen, i), [result.references for result in seen], origins)
     if parts:
         extras["breakdown"] = parts
     if score_full.quality > 0:
-        _, extras["quality_ratio_interval"] = ratio_with_interval(score.per_sample, score_full.per_sample)
+        _, extras["quality_ratio_interval"] = ratio_with_interval(score.per_sample, score_full.per_sample, images)
     wall_hf = None
     if hf is not None:
         shared = [result for result in seen if result.answers[hf] is not None]

@@ -85,7 +85,7 @@ def _block_lines(block: Block, run: int) -> Iterator[str]:
         case Text():
             yield escape(block.text)
         case Missing():
-            yield f"> Not measured: {escape(block.what)}. Make it with {code(block.command)}"
+            yield f"> {escape(block.said)}. Make it with {code(block.command)}"
         case Claims():
             yield from (f"- {escape(claim.text)} {code(claim.command)}" for claim in block.claims)
         case Table():

@@ -21,7 +21,7 @@ from free_dist.config import Recipe
 from free_dist.data.samples import Sample, SampleEncoder
 from free_dist.decoding.runners import StaticRunner
 from free_dist.evaluation.arms import Contestant, ours
-from free_dist.evaluation.benchmark import Answer, Prompted, run_interleaved
+from free_dist.evaluation.benchmark import Answer, Prompted, prompted, run_interleaved
 from free_dist.evaluation.calibration import OFF, CalibrationSet
 from free_dist.exits import ExitBank
 from free_dist.exits.gate import ExitChecks
@@ -65,15 +65,7 @@ class Model:
 
     def prompted(self, samples: Iterable[Sample]) -> Iterator[Prompted]:
         """Samples ready for the clock."""
-        device = next(self.backbone.parameters()).device
-        for i, sample in enumerate(samples):
-            pixels = self.encoder.encode_image(sample.image)[None].to(device)
-            yield Prompted(
-                index=i,
-                pixel_values=pixels,
-                prompt_ids=self.encoder.encode_prompt(sample.turns),
-                instruction=self.encoder.encode_instruction(sample.turns, device),
-            )
+        return prompted(self.backbone, self.encoder, samples)
 
 
 @dataclass(frozen=True, kw_only=True)

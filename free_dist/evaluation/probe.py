@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from free_dist.backbones import Backbone, BackboneFeatures
-from free_dist.config import ConfigError, Recipe
+from free_dist.config import Recipe
 from free_dist.data.samples import IGNORE, Batch, SampleEncoder
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import nothing_for_task, split_samples
 from free_dist.evaluation.evaluate import Gather, alone
 from free_dist.evaluation.tasks import find_task
 from free_dist.exits import ExitBank
@@ -151,7 +151,7 @@ def probe_exits(
             found.append(probe_batch(backbone, banks, batch))
         merged = [probe for part in gather(found) for probe in part]
         if not merged:
-            raise ConfigError(f"evaluation.tasks: {recipe.data.root}/{settings.split} has nothing for task {name!r}")
+            raise nothing_for_task(recipe.data, settings.split, name)
         total = merged[0]
         for probe in merged[1:]:
             total = total + probe

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from free_dist.backbones import Backbone, LayerCache, Memory, Span
 from free_dist.config import Recipe, UserError
-from free_dist.data.samples import Sample, SampleEncoder
+from free_dist.data.samples import Sample, SampleEncoder, image_numbers
 from free_dist.decoding.policy import MaxProbPolicy
-from free_dist.evaluation.benchmark import ratio_with_interval
+from free_dist.evaluation.benchmark import mean_with_interval
 from free_dist.evaluation.evaluate import Gather, alone, task_samples
 from free_dist.evaluation.metrics_ranking import ndcg, ranking_metrics, ranks_of
 from free_dist.evaluation.rows import RankingRow
@@ -252,8 +252,9 @@ class Ranking:
         ranks = [one.ranks[a, int(normalized)] for one in self.ranked]
         gold, relevance = [origin.gold for origin in origins], [origin.relevance for origin in origins]
         counts = np.sum([one.layers[a] for one in self.ranked], axis=0)
-        golden = [1 / float(own[g]) for own, g in zip(ranks, gold, strict=True) if g is not None]
-        judged = [ndcg(own, wanted) for own, wanted in zip(ranks, relevance, strict=True) if any(wanted)]
+        asked = list(zip(ranks, gold, relevance, image_numbers(self.samples), strict=True))
+        golden = [(1 / float(own[g]), image) for own, g, _, image in asked if g is not None]
+        judged = [(ndcg(own, wanted), image) for own, _, wanted, image in asked if any(wanted)]
         full = [one.ranks[0, int(normalized)] for one in self.ranked]
         return RankingRow(
             task=self.task,
@@ -292,9 +293,7 @@ def rank_candidates(
     if not samples:
         return None
     scorer = CandidateScorer(backbone, banks, recipe.evaluation.thresholds)
-    images: dict[bytes, int] = {}
-    places = [images.setdefault(sample.image, len(images)) for sample in samples]
-    mine = [i for i, place in enumerate(places) if place % world_size == rank]
+    mine = [i for i, place in enumerate(image_numbers(samples)) if place % world_size == rank]
     device = next(backbone.parameters()).device
     seen: tuple[bytes, Any] | None = None
     found = []
@@ -314,6 +313,6 @@ def rank_candidates(
     return Ranking(task=task, readings=tuple(scorer.readings), samples=tuple(samples), ranked=tuple(merged))
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95% bootstrap interval of the mean; None without values."""
-    return ratio_with_interval(values, [1.0] * len(values))[1] if values else None
+def _interval(values: Sequence[tuple[float, int]]) -> tuple[float, float] | None:
+    """95% bootstrap interval of the mean of (value, image) over images; None without values."""
+    return mean_with_interval(*zip(*values, strict=True))[1] if values else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ def write_report(
     report.
 
     ``probes`` may be empty; then there is no per-block picture.  ``labels`` maps methods and curves to words for
-    legends."""
+    legends.  What other launchers left in ``run_dir`` and cannot be read is named in the report and stops nothing."""
     directory = Path(run_dir)
     results = write_results(rows, directory, ranking=ranking, about=about)
     figures = {"Where tokens leave": plots.exit_shares(rows, directory / "exit_shares.png", labels)}
@@ -64,30 +65,33 @@ def write_report(
         figures["Accuracy per block"] = plots.accuracy_per_block(probes, directory / "accuracy_per_block.png", labels)
         text = json.dumps([probe.to_json() for probe in probes], indent=1) + "\n"
         write_atomically(directory / PROBES, text.encode())
-    write_run_report([RunDirectory.open(directory)], directory, command=f"python launch/report.py {directory}")
+    command = shlex.join(["python", "launch/report.py", str(directory)])
+    write_run_report([RunDirectory.open(directory)], directory, command=command, lenient=True)
     return ReportPaths(results=results, page=directory / HTML, report=directory / MARKDOWN, plots=figures)
 
 
 def write_run_report(
-    runs: Sequence[RunDirectory], out: str | Path, *, command: str
+    runs: Sequence[RunDirectory], out: str | Path, *, command: str, lenient: bool = False
 ) -> tuple[list[Path], list[Missing]]:
     """Write the report of one or several runs to ``out`` -> (what was written, what was not measured).
 
-    ``command``: what to type to write it again.  Raises UserError naming a measured file that cannot be read, or an
-    ``out`` that is no directory."""
+    ``command``: what to type to write it again.  ``lenient``: a measured file that cannot be read is said to be missing.
+    Raises UserError naming a measured file that cannot be read otherwise, or an ``out`` that is no directory."""
     directory = Path(out)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"--out {directory} is a file: give a directory")
-    report = run_report(runs, command=command)
+    report = run_report(runs, command=command, lenient=lenient)
     directory.mkdir(parents=True, exist_ok=True)
     gaps = [gap for run in report.runs for section in run.sections for gap in section.missing]
     return write_pages(report, directory), list(dict.fromkeys(gaps))
 
 
-def run_report(runs: Sequence[RunDirectory], *, command: str) -> Report:
-    """The report as data."""
+def run_report(runs: Sequence[RunDirectory], *, command: str, lenient: bool = False) -> Report:
+    """The report as data; see :func:`write_run_report`."""
     names = ", ".join(run.path.name for run in runs)
-    return Report(title=f"Early exits: {names}", command=command, runs=tuple(RunSections(run).report() for run in runs))
+    return Report(
+        title=f"Early exits: {names}", command=command, runs=tuple(RunSections(run, lenient).report() for run in runs)
+    )
 
 
 def terminal_table(rows: Sequence[Row]) -> str:

@@ -68,6 +68,13 @@ class Missing:
 
     what: str
     command: str
+    why: str = ""
+    """What is wrong with the file that holds it, if there is one."""
+
+    @property
+    def said(self) -> str:
+        """In words, without the command."""
+        return f"Not shown: {self.what}: {self.why}" if self.why else f"Not measured: {self.what}"
 
 
 @dataclass(frozen=True, kw_only=True)

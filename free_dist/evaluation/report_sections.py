@@ -5,6 +5,7 @@ what a claim compares.  Does not know HTML or Markdown, and runs nothing."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +42,7 @@ from free_dist.evaluation.report_legends import (
     RESULTS_LEGEND,
     ROBUSTNESS_LEGEND,
 )
-from free_dist.evaluation.report_sources import PROBES, STEPS, RunDirectory
+from free_dist.evaluation.report_sources import PROBES, STEPS, RunDirectory, Step, UnreadableFile, or_user_error
 from free_dist.evaluation.report_traces import (
     CLASSES,
     TRACES,
@@ -68,6 +69,25 @@ class RunSections:
     """Builds the sections of one run; reading a malformed file raises UserError naming it."""
 
     run: RunDirectory
+    lenient: bool = False
+    """Show a malformed file as a gap instead, with what is wrong with it."""
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, Any] | Missing]:
+        """File of a step -> what it holds, or what is missing."""
+        return {step.file: self._read(step) for step in STEPS}
+
+    def _read(self, step: Step) -> dict[str, Any] | Missing:
+        gap = Missing(what=step.name, command=self.run.command(step))
+        try:
+            return self.run.measured(step.file) or gap
+        except UserError as error:
+            return self._gap(gap, error)
+
+    def _gap(self, gap: Missing, error: UserError) -> Missing:
+        if not self.lenient:
+            raise error
+        return replace(gap, why=error.reason if isinstance(error, UnreadableFile) else str(error))
 
     @cached_property
     def labels(self) -> dict[str, str]:
@@ -118,8 +138,7 @@ class RunSections:
             self._provenance(),
         ]
         found: list[Block] = [Claims(claims=tuple(self._claims()))]
-        gaps = [step for step in STEPS if self.run.measured(step.file) is None]
-        found += [Missing(what=step.name, command=self.run.command(step)) for step in gaps]
+        found += [content for content in self.files.values() if isinstance(content, Missing)]
         summary = Section(title="Summary", blocks=tuple(found))
         return RunReport(name=str(self.run.path), sections=(summary, *made))
 
@@ -133,12 +152,17 @@ class RunSections:
             "ablation/ablation.json": claims.ablation_claims,
         }
         found = []
-        for step in STEPS:
-            content = self.run.measured(step.file)
-            if content is not None:
-                command = self._command(step.file, content)
-                texts = _or_user_error(lambda c=content, s=step: makers[s.file](c), self.run.path / step.file)  # type: ignore[misc]
-                found += [Claim(text=text, command=command) for text in texts]
+        for file, content in self.files.items():
+            if isinstance(content, Missing):
+                continue
+            command = self._command(file, content)
+            try:
+                texts = or_user_error(lambda c=content, f=file: makers[f](c), self.run.place(file))  # type: ignore[misc]
+            except UserError:
+                if not self.lenient:
+                    raise
+                continue  # its section says why
+            found += [Claim(text=text, command=command) for text in texts]
         return found
 
     def _command(self, file: str, content: Mapping[str, Any]) -> str:
@@ -149,11 +173,17 @@ class RunSections:
         self, title: str, file: str, build: Callable[[Mapping[str, Any]], list[Block]], *, source: str | None = None
     ) -> Section:
         """A section made of one measured file, or of the command that measures it."""
-        content = self.run.measured(file)
-        if content is None or (source is not None and not (self.run.path / source).is_file()):
-            step = next(step for step in STEPS if step.file == file)
-            return Section(title=title, blocks=(Missing(what=step.name, command=self.run.command(step)),))
-        blocks = _or_user_error(lambda: build(content), self.run.path / file)
+        content = self.files[file]
+        if isinstance(content, Missing):
+            return Section(title=title, blocks=(content,))
+        step = next(step for step in STEPS if step.file == file)
+        gap = Missing(what=step.name, command=self.run.command(step))
+        if source is not None and not (self.run.path / source).is_file():
+            return Section(title=title, blocks=(gap,))
+        try:
+            blocks = or_user_error(lambda: build(content), self.run.place(file))
+        except UserError as error:
+            return Section(title=title, blocks=(self._gap(gap, error),))
         return Section(title=title, blocks=tuple(blocks), command=self._command(file, content))
 
     def _results(self, _content: Mapping[str, Any]) -> list[Block]:
@@ -278,7 +308,11 @@ class RunSections:
 
     def _with_probes(self, section: Section) -> Section:
         """The section with what the evaluation itself read of every block, without intervals."""
-        found = self.run.probes()
+        try:
+            found = self.run.probes()
+        except UserError as error:
+            gap = self._gap(Missing(what="accuracy per block", command=self.run.command(STEPS[0])), error)
+            return replace(section, blocks=(*section.blocks, gap))
         if not found:
             return section
         listed = [tables.depth_table(task, one, self.labels) for task, one in found.items()]
@@ -316,7 +350,7 @@ class RunSections:
 
     def _training(self) -> Section:
         logs = self.run.logs()
-        command = f"python launch/draw_curves.py {self.run.path}/exits"
+        command = shlex.join(["python", "launch/draw_curves.py", str(self.run.path / "exits")])
         if not logs:
             step = STEPS[0]
             gap = Missing(what="training curves", command=self.run.command(step))
@@ -333,63 +367,26 @@ class RunSections:
         return Section(
             title="Training curves",
             blocks=tuple(blocks),
-            command=command if len(logs) > 1 else f"python launch/draw_curves.py {first}",
+            command=command if len(logs) > 1 else shlex.join(["python", "launch/draw_curves.py", str(first)]),
         )
 
     def _provenance(self) -> Section:
         rows = []
-        for step in STEPS:
-            content = self.run.measured(step.file)
-            if content is not None:
+        for file, content in self.files.items():
+            if not isinstance(content, Missing):
                 made = content.get("provenance") or {}
                 rows.append(
                     (
-                        step.file,
-                        self._command(step.file, content),
+                        file,
+                        self._command(file, content),
                         ", ".join(f"{k} {v}" for k, v in made.items()) or "not recorded",
                     )
                 )
         listed = Table(caption="measured files", headings=("file", "command", "made with"), rows=tuple(rows))
-        exits = Table(
-            caption="exits",
-            headings=(
-                "method",
-                "trained with",
-                "after blocks",
-                "variant",
-                "steps",
-                "weights sha256",
-                "backbone",
-                "code",
-            ),
-            rows=tuple(
-                (
-                    method,
-                    self.labels.get(method, "-"),
-                    " ".join(map(str, manifest.get("exit_layers", []))),
-                    str(manifest.get("variant", "-")),
-                    number(manifest.get("extra", {}).get("steps")),
-                    str(manifest.get("weights_sha256", "-"))[:16],
-                    str(manifest.get("backbone_hash", "-"))[:16],
-                    str(manifest.get("extra", {}).get("git_commit", "-"))[:12],
-                )
-                for method, manifest in self.run.manifests().items()
-            ),
-        )
+        exits = tables.exits_table(self.run.manifests(), self.labels)
         return Section(title="Provenance", blocks=(listed, exits))
 
 
 def _tasks(content: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """``fine_tuned`` may be tasks, or hold them under ``tasks``."""
     return {} if not content else content.get("tasks", content)
-
-
-def _or_user_error(build: Callable[[], Any], path: Any) -> Any:
-    """What ``build`` makes of a file; what it stumbles over is a UserError naming the file."""
-    try:
-        return build()
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be shown ({error})"
-        raise UserError(f"{path} {what}: remove it and measure it again") from error

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from free_dist.config import MissingFileError, Recipe, UserError
+from free_dist.config import BackboneConfig, DataConfig, MissingFileError, Recipe, UserError
 from free_dist.recipe_io import load_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
+"""Of the repository: commands are typed there."""
 RECIPE = "recipe.yaml"
 LOG = "log.jsonl"
 EXPORT = "export"
@@ -24,6 +26,8 @@ PROBES = "probes.json"
 """Accuracy per block that an evaluation found on the way."""
 METHODS = ("exits", "exits_ce")
 """Training runs inside the directory of a quickstart, by the names they have in ``results.json``."""
+ALONE = "ablation.json"
+"""Ablations of a directory that holds nothing else."""
 FORMAT = 1
 """The ``format`` that measured files carry."""
 
@@ -75,6 +79,15 @@ STEPS = (
 """Everything that is measured, in the order in which it is made."""
 
 
+class UnreadableFile(UserError):
+    """A measured file that is there and cannot be read."""
+
+    def __init__(self, reason: str, command: str) -> None:
+        super().__init__(f"{reason}; make it again: {command}")
+        self.reason = reason
+        """What is wrong with it, its path first."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunDirectory:
     """The directory of a quickstart, of one training run or of an evaluation."""
@@ -87,7 +100,7 @@ class RunDirectory:
         path = Path(path)
         if not path.is_dir():
             raise MissingFileError(f"{path}: no such directory; give the directory of a run, such as runs/quickstart")
-        known = [RECIPE, *(f"{method}/{RECIPE}" for method in METHODS), *(step.file for step in STEPS)]
+        known = [RECIPE, *(f"{method}/{RECIPE}" for method in METHODS), *(step.file for step in STEPS), ALONE]
         if not any((path / name).is_file() for name in known):
             raise UserError(
                 f"{path} holds neither {RECIPE} nor anything measured: give the directory of a run, such as runs/quickstart"
@@ -132,37 +145,53 @@ class RunDirectory:
     def command(self, step: Step) -> str:
         """What to type to do a step for this run.
 
-        A training run of its own (its exits lie in ``export``) is evaluated; any other directory is a quickstart's.
+        A training run of its own (its exits lie in ``export``) is evaluated; any other directory is a quickstart's.  To be
+        typed in the repository's root, wherever the run is read from.
         """
-        name = shlex.quote(str(self.path))
+        name = shlex.quote(str(_from_root(self.path)))
         if step is STEPS[0] and (self.path / EXPORT / MANIFEST).is_file():
             return f"python launch/evaluate.py --exits {name}/{EXPORT} --config {name}/{RECIPE} run_dir={name}"
-        return step.command.replace("{run}", name)
+        words = self._origins() if step.file.endswith(ALONE) else []
+        return " ".join([step.command.replace("{run}", name), *map(shlex.quote, words)])
+
+    def _origins(self) -> list[str]:
+        """Backbone and data of the run as overrides, where they are not those of a recipe that names none."""
+        try:
+            recipe = self.recipe()
+        except UserError:  # whoever needs the recipe says what is wrong with it
+            return []
+        fields = {
+            "backbone.path": (recipe.backbone.path, BackboneConfig.path),
+            "data.root": (recipe.data.root, DataConfig.root),
+        }
+        return [f"{key}={own}" for key, (own, default) in fields.items() if own != default]
+
+    def place(self, file: str) -> Path:
+        """Where a step's file lies, or would lie."""
+        path, alone = self.path / file, self.path / ALONE
+        return alone if path.name == ALONE and not path.is_file() and alone.is_file() else path
 
     def measured(self, file: str) -> dict[str, Any] | None:
         """What a step wrote, None if it did not; a list at the top level becomes ``rows``.
 
-        Raises UserError naming the file for one that is no JSON, of another format, or lacks what it must have.
+        Raises UnreadableFile naming the file for one that is no JSON, of another format, or lacks what it must have.
         """
         step = next(step for step in STEPS if step.file == file)
-        path = self.path / file
-        if file.startswith("ablation/") and not path.is_file():
-            beside = [self.path / "ablation.json", self.path.parent / file]
-            path = next((other for other in beside if other.is_file()), path)
+        path = self.place(file)
         if not path.is_file():
             return None
-        again = f"make it again: {self.command(step)}"
+        again = self.command(step)
         try:
             content = json.loads(path.read_text())
         except ValueError as error:
-            raise UserError(f"{path} is no JSON ({error}); {again}") from error
+            raise UnreadableFile(f"{path} is no JSON ({error})", again) from error
         if isinstance(content, list):
             content = {"rows": content}
         if not isinstance(content, dict) or content.get("format", FORMAT) != FORMAT:
-            raise UserError(f"{path} is not of format {FORMAT}; {again}")
+            raise UnreadableFile(f"{path} is not of format {FORMAT}", again)
         missing = [key for key in step.required if key not in content]
         if missing:
-            raise UserError(f"{path} lacks {missing[0]!r}; {again}")
+            raise UnreadableFile(f"{path} lacks {missing[0]!r}", again)
         return content
 
     def probes(self) -> dict[str, dict[str, Any]]:
@@ -183,6 +212,23 @@ class RunDirectory:
             }
         except (ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} holds no probes ({error}): evaluate the run again") from error
+
+
+def _from_root(path: Path) -> Path:
+    """A directory as the repository's root sees it: a run there knows itself by a relative name."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def or_user_error(build: Callable[[], Any], path: Path) -> Any:
+    """What ``build`` makes of a file; what it stumbles over is a UserError naming the file."""
+    try:
+        return build()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be shown ({error})"
+        raise UserError(f"{path} {what}: remove it and measure it again") from error
 
 
 def _json_object(path: Path) -> dict[str, Any]:

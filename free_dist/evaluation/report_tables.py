@@ -316,3 +316,24 @@ def _tera(value: Any) -> float | None:
 
 def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def exits_table(manifests: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str]) -> Table:
+    """What each method's exits are: one line per ``exits.json``."""
+    headings = ("method", "trained with", "after blocks", "variant", "steps", "weights sha256", "backbone", "code")
+    rows = []
+    for method, manifest in manifests.items():
+        extra = manifest.get("extra", {})
+        rows.append(
+            (
+                method,
+                labels.get(method, "-"),
+                " ".join(map(str, manifest.get("exit_layers", []))),
+                str(manifest.get("variant", "-")),
+                number(extra.get("steps")),
+                str(manifest.get("weights_sha256", "-"))[:16],
+                str(manifest.get("backbone_hash", "-"))[:16],
+                str(extra.get("git_commit", "-"))[:12],
+            )
+        )
+    return Table(caption="exits", headings=headings, rows=tuple(rows))

@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from free_dist.backbones import Backbone
-from free_dist.config import ConfigError, Recipe
+from free_dist.config import Recipe
 from free_dist.data.samples import IGNORE, SampleEncoder
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import required_samples
 from free_dist.decoding.calibrate import calibrate
 from free_dist.decoding.policy import MaxProbPolicy
 from free_dist.evaluation.benchmark import exits_arm, full_arm
@@ -86,9 +86,7 @@ def record_opinions(
 ) -> Opinions:
     """Ask every exit about every answer token of at most ``max_samples`` samples; raises ConfigError where there are
     none."""
-    samples = split_samples(recipe.data, split, task, max_samples=max_samples)
-    if not samples:
-        raise ConfigError(f"data.root: {recipe.data.root}/{split} has nothing for task {task!r}")
+    samples = required_samples(recipe.data, split, task, max_samples=max_samples)
     numbers: dict[bytes, int] = {}
     device = next(backbone.parameters()).device
     parts: list[tuple[NDArray[np.int64], Floats, NDArray[np.bool_], NDArray[np.bool_]]] = []

@@ -20,6 +20,7 @@ from free_dist.atomic import write_atomically
 from free_dist.config import MissingFileError, Recipe, UserError
 from free_dist.data.samples import Sample
 from free_dist.data.shards import read_manifest
+from free_dist.data.split_index import SplitIndex
 from free_dist.evaluation.evaluate import TaskEvaluation
 from free_dist.evaluation.ranking import Ranking
 
@@ -71,8 +72,11 @@ LAYOUTS = {
 """By the name of the data set in its shards' manifest."""
 
 
-def check_submission(recipe: Recipe) -> str:
-    """The name of the data set, after raising UserError for a recipe whose answers no server would take."""
+def check_submission(recipe: Recipe, *, part: bool = False) -> str:
+    """The name of the data set, after raising UserError for a recipe whose answers no server would take.
+
+    ``part``: not the whole split is submitted, so that some of its records may be unusable.
+    """
     dataset = read_manifest(recipe.data.root, recipe.evaluation.split, timeout=recipe.data.read_timeout).dataset
     if dataset not in LAYOUTS:
         raise UserError(
@@ -90,6 +94,9 @@ def check_submission(recipe: Recipe) -> str:
         )
     if dataset == "visdial" and not recipe.evaluation.rank_candidates:
         raise UserError("--submission: visdial asks for ranks, and evaluation.rank_candidates=false")
+    if not part:
+        index = SplitIndex.open(recipe.data, recipe.evaluation.split)
+        _refuse_a_part(len(index.rows), index.manifest.samples)
     return dataset
 
 
@@ -110,12 +117,14 @@ def write_submissions(
     ranking: Ranking | None,
     *,
     questions: Sequence[int] | None = None,
+    records: int | None = None,
 ) -> list[Path]:
     """One file per decoder, ``directory/dataset/full.json``, ``exits-0.9.json``, ...; returns their paths.
 
     Decoders that answer a part of the samples (Hugging Face's) or never exit are left out.  VisDial's are named after what
     scored the candidates, ``exits@4.json`` being the exit after block 4, with ``-normalized`` where likelihoods are per token.
-    ``questions``: the ids to keep, of VQA's test-dev for example, which is a part of test2015.  Raises UserError for
+    ``questions``: the ids to keep, of VQA's test-dev for example, which is a part of test2015.  ``records``: how many
+    the split has by its manifest; without ``questions``, a sample of each must be there.  Raises UserError where one is not, for
     samples that the data set has no id of, or that are named twice, and questions without an answer.
     """
     layout = LAYOUTS[dataset]
@@ -125,18 +134,22 @@ def write_submissions(
             raise UserError(
                 f"--submission: no dialogue of {dataset} has candidates to rank: convert the official files"
             )
+        answered_samples = ranking.samples
         for a, reading in enumerate(ranking.readings):
             for normalized, ending in enumerate(("", "-normalized")):
                 texts = [json.dumps(one.ranks[a, normalized].tolist()) for one in ranking.ranked]
                 files[reading.name + ending] = _entries(layout, ranking.samples, texts)
     else:
         (evaluation,) = (one for one in evaluations if one.task == layout.task)
+        answered_samples = evaluation.samples
         for i, arm in enumerate(evaluation.arms):
             if arm.method == "hf" or (arm.threshold is not None and arm.threshold >= 1):
                 continue
             answered = [result.texts[i] or "" for result in evaluation.results]
             name = arm.method if arm.threshold is None else f"{arm.method}-{arm.threshold:g}"
             files[name] = _entries(layout, evaluation.samples, answered)
+    if records is not None and questions is None:
+        _refuse_a_part(len({sample.record_key for sample in answered_samples}), records)
     paths = []
     for name, entries in files.items():
         kept = entries if questions is None else _asked(entries, questions)
@@ -145,6 +158,14 @@ def write_submissions(
         write_atomically(path, json.dumps(kept).encode())
         paths.append(path)
     return paths
+
+
+def _refuse_a_part(found: int, wanted: int) -> None:
+    if found < wanted:
+        raise UserError(
+            f"--submission: {wanted - found} of {wanted} records of the split gave no sample, and no server takes a file without "
+            "them: find the unusable ones with python launch/inspect_data.py, and convert the official files again"
+        )
 
 
 def _entries(layout: Layout, samples: Sequence[Sample], texts: Sequence[str]) -> list[Entry]:

@@ -17,7 +17,7 @@ import torch
 
 from free_dist.backbones import Instruction
 from free_dist.config import ConfigError
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import required_samples
 from free_dist.evaluation.arms import Contestant, Split, hugging_face, ours
 from free_dist.evaluation.benchmark import Prompted, median_with_interval
 from free_dist.evaluation.benchmark_rows import predicted_speedup, quality_columns, time_rows
@@ -123,9 +123,7 @@ def benchmark_task(
         min_quality=min_quality,
         deadline=until("choose"),
     )
-    samples = split_samples(model.recipe.data, "test", task, max_samples=amounts.samples)
-    if not samples:
-        raise ConfigError(f"data.root: {model.recipe.data.root}/test has nothing for task {task!r}")
+    samples = required_samples(model.recipe.data, "test", task, max_samples=amounts.samples)
     prompts = list(model.prompted(samples))
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     shown = [operating(model.bank, value) for value in amounts.shown]

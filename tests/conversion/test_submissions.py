@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 
 from free_dist.config import DataConfig, EvaluationConfig, Recipe, UserError
 from free_dist.data.published import prepare
+from free_dist.data.shards import write_split
+from free_dist.data.stream import records
 from free_dist.evaluation.benchmark import Answer, Arm, Decoded
 from free_dist.evaluation.evaluate import SampleResult, TaskEvaluation, task_rows, task_samples
 from free_dist.evaluation.ranking import Ranked, Ranking, Reading
@@ -154,6 +157,34 @@ def test_what_no_server_takes_is_refused_before_anything_runs(tiny_root: Path, a
     doubled = TaskEvaluation(**vars(found) | {"samples": found.samples * 2, "results": found.results * 2})
     with pytest.raises(UserError, match=r"image_id of sample .* comes twice"):
         write_submissions(tmp_path / "to", "nocaps", [doubled], None)
+
+
+def test_a_split_with_records_that_cannot_be_used_is_not_submitted(annotations, images, tmp_path: Path) -> None:
+    official.vqa(annotations)
+    official.coco_images(images, "train2014", "val2014", "test2015")
+    prepare("vqav2", annotations, images, tmp_path / "data")
+    whole = list(records(tmp_path / "data", "test"))
+    found = evaluation(recipe_of(tmp_path / "data", "vqa"), "yes")
+    assert write_submissions(tmp_path / "to", "vqav2", [found], None, records=len(whole))
+
+    broken = [replace(whole[0], image=b"no picture"), *whole[1:]]
+    write_split(tmp_path / "broken", dataset="vqav2", split="test", records=broken, total=len(broken))
+    recipe = recipe_of(tmp_path / "broken", "vqa")
+    recipe.data.bad_sample_budget = 0.9
+    part = evaluation(recipe, "yes")
+    assert {sample.record_key for sample in part.samples} == {record.key for record in whole[1:]}
+    with pytest.raises(UserError, match=f"1 of {len(whole)} records of the split gave no sample"):
+        write_submissions(tmp_path / "refused", "vqav2", [part], None, records=len(whole))
+    assert not (tmp_path / "refused").exists()
+    asked = [int(sample.origin.question_id) for sample in part.samples]
+    assert write_submissions(tmp_path / "to", "vqav2", [part], None, records=len(whole), questions=asked)
+
+    twice = [*whole, whole[0]]  # seen before anything is decoded
+    write_split(tmp_path / "twice", dataset="vqav2", split="test", records=twice, total=len(twice))
+    recipe.data.root = str(tmp_path / "twice")
+    with pytest.raises(UserError, match=f"1 of {len(twice)} records of the split gave no sample"):
+        check_submission(recipe)
+    assert check_submission(recipe, part=True) == "vqav2"
 
 
 def test_an_older_list_of_rows_is_no_results_file(tmp_path: Path) -> None:

@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 from free_dist.config import UserError
-from free_dist.evaluation.benchmark import ratio_with_interval
+from free_dist.data.origin import Origin
+from free_dist.data.samples import Sample
+from free_dist.evaluation.benchmark import Answer, Arm, Decoded, mean_with_interval, ratio_with_interval
+from free_dist.evaluation.evaluate import SampleResult, task_rows
 from free_dist.evaluation.metrics import (
     MissingPackageError,
     bleu,
@@ -21,6 +24,7 @@ from free_dist.evaluation.metrics import (
     vqa_accuracy,
 )
 from free_dist.evaluation.probe import LENS, Curve, Probe
+from free_dist.evaluation.ranking import Ranked, Ranking, Reading
 from free_dist.evaluation.report import terminal_table, write_report
 from free_dist.evaluation.rows import SCHEMA, Row, best_row, read_results
 from free_dist.evaluation.tasks import find_task
@@ -146,6 +150,52 @@ def test_interval_narrows_with_samples_and_vanishes_without_noise() -> None:
         return high - low
 
     assert width(2000) < 0.5 * width(50)
+
+
+def test_an_interval_over_images_is_that_of_drawing_whole_images_and_wider_where_their_answers_hang_together() -> None:
+    generator = np.random.default_rng(7)
+    images = np.repeat(np.arange(60), generator.integers(1, 9, 60))
+    values = (generator.random(60) > 0.4)[images].astype(float)  # all answers about one image right, or all wrong
+    order = generator.permutation(len(images))
+    values, images = values[order], images[order]
+    mean, (low, high) = mean_with_interval(values.tolist(), [f"image {i}" for i in images])
+    assert mean == pytest.approx(values.mean())
+    members = [values[images == image] for image in range(60)]
+    means = [np.concatenate([members[i] for i in generator.integers(0, 60, 60)]).mean() for _ in range(4000)]
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
+    _, alone = mean_with_interval(values.tolist(), range(len(values)))
+    assert alone == ratio_with_interval(values.tolist(), [1.0] * len(values))[1]
+    assert high - low > 1.5 * (alone[1] - alone[0])
+    with pytest.raises(ValueError, match="1 groups for 2 values"):
+        mean_with_interval([1.0, 2.0], [0])
+
+
+def test_intervals_of_a_rows_quality_and_of_ranks_are_over_images() -> None:
+    arm = Arm(method="full", threshold=None, decode=lambda *_: Decoded([0], [1], 1))
+    answer = Answer(tokens=(0,), exits=(1,), blocks=1, seconds=1.0)
+    origin = Origin(candidates=("a", "b"), gold=0, relevance=(1.0, 0.0))
+
+    def intervals(questions: int) -> list[tuple[float, float]]:
+        """Of 40 questions about images that are asked so many each; those about one are all right or all wrong."""
+        samples, results, ranked = [], [], []
+        for i in range(40):
+            right = i // 5 % 2
+            samples.append(
+                Sample(
+                    key=f"{i}", task="vqa", image=bytes([i // questions]), turns=(), references=("a",), origin=origin
+                )
+            )
+            results.append(SampleResult(index=i, references=("a",), texts=("a" if right else "b",), answers=(answer,)))
+            ranks = np.array([[[1, 2] if right else [2, 1]] * 2], dtype=np.int16)
+            ranked.append(Ranked(index=i, ranks=ranks, layers=np.ones((1, 3), dtype=np.int64)))
+        (made,) = task_rows("vqa", [arm], results, n_blocks=2, samples=samples)
+        reading = Reading("full", None, None)
+        ranking = Ranking(task="vqa", readings=(reading,), samples=tuple(samples), ranked=tuple(ranked)).rows()[0]
+        assert ranking.mrr_interval is not None and ranking.ndcg_interval is not None
+        return [made.extras["quality_interval"], ranking.mrr_interval, ranking.ndcg_interval]
+
+    for (low, high), (low_alone, high_alone) in zip(intervals(5), intervals(1), strict=True):
+        assert high - low > 1.5 * (high_alone - low_alone)
 
 
 def test_ratio_rejects_unpaired_values() -> None:

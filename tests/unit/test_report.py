@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from free_dist.config import MissingFileError, UserError
+from free_dist.config import BackboneConfig, DataConfig, MissingFileError, Recipe, UserError
 from free_dist.evaluation.html_report import code, escape, html_page, markdown_page
-from free_dist.evaluation.report import run_report, write_run_report
+from free_dist.evaluation.report import run_report, write_report, write_run_report
 from free_dist.evaluation.report_blocks import interval, number, percent, threshold_text
 from free_dist.evaluation.report_sources import STEPS, RunDirectory
 from free_dist.evaluation.report_traces import TRACES, Token, TracedAnswer, write_traces
 from free_dist.evaluation.rows import Row, write_results
+from free_dist.recipe_io import load_recipe, save_recipe
 from tests.unit import made_up_measurements as made_up
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -288,6 +289,33 @@ def test_a_training_run_is_evaluated_and_any_other_directory_made_by_the_quickst
     assert shlex.split(command)[1:5] == ["launch/evaluate.py", "--exits", f"{run}/export", "--config"]
 
 
+def test_steps_of_a_run_that_lies_elsewhere_read_and_write_there_with_its_own_backbone_and_data(tmp_path: Path) -> None:
+    place = tmp_path / "my run"
+    run = RunDirectory(path=place)
+    words = {step.file: shlex.split(run.command(step))[1:] for step in STEPS}
+    assert words["comparison.json"] == ["launch/compare.py", str(place)]
+    assert words["placement.json"] == ["launch/place_exits.py", str(place)]
+    assert words["mid_crisis.json"] == ["launch/probe_depth.py", str(place)]
+    assert words["robustness.json"] == ["launch/robustness.py", str(place)]
+    assert words["ablation/ablation.json"] == ["launch/ablate.py", f"run_dir={place}/ablation"]
+    place.mkdir()
+    save_recipe(
+        Recipe(backbone=BackboneConfig(path="my models/blip"), data=DataConfig(root="/my data")), place / "recipe.yaml"
+    )
+    command = shlex.split(run.command(STEPS[-1]))
+    assert command[2:] == [f"run_dir={place}/ablation", "backbone.path=my models/blip", "data.root=/my data"]
+    assert load_recipe(ROOT / "launch/recipes/ablation.yaml", command[2:]).data.root == "/my data"
+
+
+def test_commands_do_not_depend_on_where_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = RunDirectory(path=ROOT / "runs" / "mine").command(STEPS[1])
+    assert command == "python launch/compare.py runs/mine"
+    monkeypatch.chdir(tmp_path)
+    assert RunDirectory(path=Path("mine")).command(STEPS[1]) == f"python launch/compare.py {tmp_path}/mine"
+    monkeypatch.chdir(ROOT / "launch")
+    assert RunDirectory(path=Path("../runs/mine")).command(STEPS[1]) == command
+
+
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
@@ -310,6 +338,42 @@ def test_a_malformed_file_is_named(tmp_path: Path, file: str, content: str, word
     (tmp_path / file).write_text(content)
     with pytest.raises(UserError, match=words):
         run_report([RunDirectory.open(tmp_path)], command="x")
+
+
+def test_a_foreign_runs_ablation_is_not_shown_as_ones_own(tmp_path: Path) -> None:
+    write_results([row("full", None, 0.9, 1.0)], tmp_path / "mine")
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "ablation.json").write_text('{"format": 1, "rows": []}')
+    assert RunDirectory.open(tmp_path / "mine").measured("ablation/ablation.json") is None
+    alone = RunDirectory.open(tmp_path / "ablation")
+    assert alone.measured("ablation/ablation.json") == {"format": 1, "rows": []}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("ablation/ablation.json", "[{}]", "Not shown: ablations: {file} "),
+        ("ablation.json", '{"format": 0}', "Not shown: ablations: {file} is not of format 1"),
+        ("comparison.json", "{", "Not shown: comparison with other methods: {file} is no JSON"),
+        ("probes.json", '[{"task": "vqa"}]', "Not shown: accuracy per block: {file} holds no probes"),
+    ],
+)
+def test_an_evaluation_ends_well_beside_files_that_cannot_be_read_and_names_them(
+    tmp_path: Path, file: str, content: str, words: str
+) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(str(path))):  # the launcher that only reads says it aloud
+        run_report([RunDirectory(path=tmp_path)], command="x")
+    rows = [row("full", None, 0.9, 1.0), row("exits", 0.8, 0.895, 1.625)]
+    for one in rows:
+        one.extras["exit_shares"] = {"3": 0.75, "16": 0.25}
+    paths = write_report(rows, [], tmp_path)
+    html = paths.page.read_text()
+    assert Page(html).problems == []
+    assert words.format(file=path) in html
+    assert words.format(file=path) in paths.report.read_text().replace("\\", "")
 
 
 def test_a_directory_without_a_run_is_told_in_one_line(tmp_path: Path) -> None:

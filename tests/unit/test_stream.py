@@ -10,11 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from free_dist.config import DataConfig
+from free_dist.config import ConfigError, DataConfig
 from free_dist.data.records import Question, Record
 from free_dist.data.samples import IGNORE, Batch, Sample, SampleEncoder, Turn, training_samples
 from free_dist.data.shards import write_split
-from free_dist.data.stream import epoch_samples, global_batches, records, split_samples, training_batches
+from free_dist.data.stream import (
+    epoch_samples,
+    global_batches,
+    records,
+    required_samples,
+    split_samples,
+    training_batches,
+)
 
 
 def micro_batches(
@@ -181,3 +188,13 @@ def test_the_token_that_ends_an_answer_is_no_part_of_its_text(tiny_encoder: Samp
     encoder = SampleEncoder(tiny_encoder.tokenizer, tiny_encoder.image_processor, layout, tiny_encoder.max_length)
     assert encoder.decode(ids) == tiny_encoder.decode(ids[:-1]) != tiny_encoder.decode(ids)
     assert encoder.decode([]) == ""
+
+
+def test_a_task_that_a_split_has_nothing_for_is_named_with_the_split(tiny_data: DataConfig, tmp_path: Path) -> None:
+    assert required_samples(tiny_data, "test", "vqa", max_samples=5) == split_samples(
+        tiny_data, "test", "vqa", max_samples=5
+    )
+    silent = [replace(record, questions=()) for record in records(tiny_data, "test")]
+    write_split(tmp_path, dataset="silent", split="test", records=silent, total=len(silent))
+    with pytest.raises(ConfigError, match=f"data.root: {tmp_path}/test has nothing for task 'vqa'"):
+        required_samples(DataConfig(root=str(tmp_path)), "test", "vqa")
