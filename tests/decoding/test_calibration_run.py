@@ -30,7 +30,7 @@ from free_dist.evaluation.calibration import (
     read_calibration,
     write_calibration,
 )
-from free_dist.evaluation.tasks import find_task
+from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
 from free_dist.exits.export import MANIFEST, WEIGHTS, ExportError, backbone_hash, read_exits_manifest, save_exits
 from free_dist.training.finetune import save_backbone
@@ -125,9 +125,8 @@ def test_harm_is_the_quality_lost_against_the_full_model(backbone, tiny_encoder,
         tiny_encoder.decode(answer(backbone, tiny_encoder, bank, sample, (0.0, 0.0)).tokens)
         for sample in samples.samples
     ]
-    full, fast = (
-        np.array(find_task(task).score(said, [(text,) for text in texts]).per_sample) for said in (texts, early)
-    )
+    scorer = TaskScorer(task, recipe.evaluation, only_quality=True)
+    full, fast = (np.array(scorer.score(said, [(text,) for text in texts]).per_sample) for said in (texts, early))
     assert full.mean() > 0.9
     assert fast.mean() < full.mean()
     wanted = harm(full, fast, relative=task == "caption")

@@ -196,7 +196,7 @@ def test_a_real_run_is_evaluated_spoilt_and_reported(
         assert "".join(spoken).strip().startswith(one.text[:1])
     assert sum(one.picture is not None for one in traces.answers) == 6
     printed = launch("launch/report.py", str(run)).stdout
-    assert "not measured: placement under a budget; make it with: python launch/place_exits.py" in printed
+    assert "Not measured: placement under a budget; make it with: python launch/place_exits.py" in printed
     text = (run / "report.md").read_text()
     assert "Not measured: robustness" not in text
     ratio = next(row for row in content["length"] if row["threshold"] == 0.05)
