@@ -6,6 +6,7 @@ Does not know what the work is.
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -18,6 +19,9 @@ Job = TypeVar("Job")
 What = tuple[int, str]
 """(number of a record, what is done with it)."""
 Result = TypeVar("Result")
+
+LAST_WORK = 5.0
+"""Seconds for which the end of the process waits for work that is no longer wanted; a read that hangs goes down with it."""
 
 
 class Progress:
@@ -77,19 +81,32 @@ def in_background(
             yield work(job, Progress())
         return
     waiting: queue.SimpleQueue[_Task[Job, Result] | None] = queue.SimpleQueue()
+    closed = threading.Event()
+    threads: list[threading.Thread] = []
 
     def serve(first: _Task[Job, Result] | None = None) -> None:
         task = first or waiting.get()
-        while task is not None:
+        while task is not None and not closed.is_set():
             task.run(work)
             task = waiting.get()
 
-    threads = 0
+    def close() -> None:
+        closed.set()
+        for _ in threads:  # those that hang, too: some come back
+            waiting.put(None)
 
     def start(first: _Task[Job, Result] | None = None) -> None:
-        nonlocal threads
-        threads += 1
-        threading.Thread(target=serve, args=(first,), daemon=True, name="free_dist-data").start()
+        threads.append(threading.Thread(target=serve, args=(first,), daemon=True, name="free_dist-data"))
+        threads[-1].start()
+
+    def end() -> None:
+        # A thread that is inside a library's code when the interpreter ends would abort the process.
+        close()
+        until = time.monotonic() + LAST_WORK
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    atexit.register(end)
 
     for _ in range(workers):
         start()
@@ -112,5 +129,7 @@ def in_background(
                 raise task.error
             yield task.results[0]
     finally:
-        for _ in range(threads):  # those that hang, too: some come back
-            waiting.put(None)
+        close()
+        # Whoever is still at work when the process ends is waited for then; of others nothing need be remembered.
+        if not any(thread.is_alive() for thread in threads):
+            atexit.unregister(end)
