@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -182,20 +183,19 @@ def test_an_honest_decoder_executes_the_blocks_it_claims_and_another_is_told(tin
 
 
 def test_wrong_caches_drift_from_an_exact_recomputation_and_exact_ones_do_not(tiny_backbone, monkeypatch) -> None:
-    bank = ExitBank(tiny_backbone, (1, 3)).eval()
+    backbone = copy.deepcopy(tiny_backbone)
+    bank = ExitBank(backbone, (1, 3)).eval()
     torch.manual_seed(0)
     pixels = torch.randn(1, 3, 64, 64)
-    prompt = torch.tensor([[tiny_backbone.layout.image_token_id] * tiny_backbone.layout.num_query_tokens + [7, 8]])
+    prompt = torch.tensor([[backbone.layout.image_token_id] * backbone.layout.num_query_tokens + [7, 8]])
     # Confidences of an untrained head are all alike; a sharper one makes some tokens leave and some not.
-    monkeypatch.setattr(bank.lm_head, "weight", nn.Parameter(20 * bank.lm_head.weight.data, requires_grad=False))
+    bank.lm_head.weight = nn.Parameter(20 * bank.lm_head.weight.data, requires_grad=False)
 
     def drift(threshold: float) -> dict[str, float]:
-        result = generate(
-            tiny_backbone, bank, pixels, prompt, thresholds=threshold, max_new_tokens=12, eos_token_id=-1
-        )[0]
-        return drift_checks([answer_drift(tiny_backbone, bank, pixels, prompt, result)])
+        result = generate(backbone, bank, pixels, prompt, thresholds=threshold, max_new_tokens=12, eos_token_id=-1)[0]
+        return drift_checks([answer_drift(backbone, bank, pixels, prompt, result)])
 
-    confidences = generate(tiny_backbone, bank, pixels, prompt, thresholds=0.0, max_new_tokens=12, eos_token_id=-1)[
+    confidences = generate(backbone, bank, pixels, prompt, thresholds=0.0, max_new_tokens=12, eos_token_id=-1)[
         0
     ].confidences
     threshold = sorted(confidences)[6]
