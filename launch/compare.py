@@ -126,10 +126,11 @@ def run(recipe: Recipe, arguments: argparse.Namespace, command: str) -> Path:
 
     from free_dist.atomic import write_atomically
     from free_dist.data.pretrained import load_for_inference
+    from free_dist.evaluation.benchmark import prompted
     from free_dist.evaluation.comparison import contest
     from free_dist.evaluation.comparison_choice import ChoiceAmounts, choose_settings
     from free_dist.evaluation.comparison_report import FORMAT, markdown
-    from free_dist.evaluation.comparison_run import compare_task, prompted
+    from free_dist.evaluation.comparison_run import compare_task
     from free_dist.exits.export import load_exits
     from free_dist.training.runs import provenance
 

@@ -124,7 +124,7 @@ class ConfidencePolicy(ABC):
         self, exit_index: int, scores: Scores, positions: Sequence[int], earlier: Sequence[Sequence[int]]
     ) -> Decision:
         """Scores of R rows -> decision; what other exits predict is not asked."""
-        columns, confidences = self.measure(_widened(scores.logits))
+        columns, confidences = self.measure(widened(scores.logits))
         tokens = _tokens(columns, scores.ids)
         return Decision(tokens, confidences, self.thresholds.exceeded(exit_index, confidences, positions))
 
@@ -203,7 +203,7 @@ class PatiencePolicy:
         self, exit_index: int, scores: Scores, positions: Sequence[int], earlier: Sequence[Sequence[int]]
     ) -> Decision:
         """Scores of R rows and what the exits before predict -> decision."""
-        logits = _widened(scores.logits)
+        logits = widened(scores.logits)
         tokens = _tokens(logits.argmax(dim=-1), scores.ids)
         confidence = _largest_probability(logits)
         ids, confidences = (
@@ -273,7 +273,7 @@ def _items(values: object) -> list:
     return list(values)
 
 
-def _widened(logits: Tensor) -> Tensor:
+def widened(logits: Tensor) -> Tensor:
     """Half precision to float32; float32 and float64 stay."""
     return logits if logits.dtype == torch.float64 else logits.float()
 

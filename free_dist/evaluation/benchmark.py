@@ -245,9 +245,9 @@ def ratio_with_interval(
 
 
 def mean_with_interval(
-    values: Sequence[float], groups: Sequence[Hashable], *, level: float = 0.95, seed: int = 0
+    values: Sequence[float], groups: Sequence[Hashable] | None = None, *, level: float = 0.95, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Mean, and its percentile bootstrap interval over whole groups of values, see :func:`ratio_with_interval`."""
+    """Mean, and its percentile bootstrap interval over values, or whole groups of them, see :func:`ratio_with_interval`."""
     return ratio_with_interval(values, [1.0] * len(values), groups, level=level, seed=seed)
 
 

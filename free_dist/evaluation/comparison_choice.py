@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 
 from free_dist.backbones import Backbone
-from free_dist.config import ConfigError, Recipe
+from free_dist.config import Recipe
 from free_dist.data.samples import Sample, SampleEncoder
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import required_samples
 from free_dist.decoding.generate import generate
 from free_dist.evaluation.benchmark import Prompted, run_interleaved
 from free_dist.evaluation.comparison import Contest, Method, Setting, method_arm
@@ -69,9 +69,7 @@ class SettingJudge:
 
     def __init__(self, backbone: Backbone, encoder: SampleEncoder, recipe: Recipe, task: str, count: int) -> None:
         """Takes ``count`` samples; raises ConfigError where there is none."""
-        self.samples = split_samples(recipe.data, "calibration", task, max_samples=count)
-        if not self.samples:
-            raise ConfigError(f"data.root: {recipe.data.root}/calibration has nothing for task {task!r}")
+        self.samples = required_samples(recipe.data, "calibration", task, max_samples=count)
         self._backbone, self._encoder, self._limit = backbone, encoder, recipe.decoding.max_new_tokens
         self._score = TaskScorer(task, recipe.evaluation, only_quality=True).score
         self._known: dict[tuple[str, Setting | None, int], _Decoded] = {}

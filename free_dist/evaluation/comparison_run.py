@@ -16,10 +16,19 @@ import numpy as np
 from tqdm import tqdm
 
 from free_dist.backbones import Blip2Backbone
-from free_dist.config import ConfigError, Recipe
+from free_dist.config import Recipe
 from free_dist.data.samples import Sample, SampleEncoder
-from free_dist.data.stream import split_samples
-from free_dist.evaluation.benchmark import Answer, Arm, Prompted, full_arm, hf_arm, ratio_with_interval, run_interleaved
+from free_dist.data.stream import required_samples
+from free_dist.evaluation.benchmark import (
+    Answer,
+    Arm,
+    full_arm,
+    hf_arm,
+    mean_with_interval,
+    prompted,
+    ratio_with_interval,
+    run_interleaved,
+)
 from free_dist.evaluation.comparison import OURS, Contest, Method, Setting, method_arm
 from free_dist.evaluation.comparison_choice import Chosen
 from free_dist.evaluation.tasks import TaskScorer
@@ -40,18 +49,6 @@ class _Entry:
     in_sweep: bool
 
 
-def prompted(backbone: Blip2Backbone, encoder: SampleEncoder, samples: Sequence[Sample]) -> Iterator[Prompted]:
-    """Samples ready for the clock."""
-    device = next(backbone.parameters()).device
-    for i, sample in enumerate(samples):
-        yield Prompted(
-            index=i,
-            pixel_values=encoder.encode_image(sample.image)[None].to(device),
-            prompt_ids=encoder.encode_prompt(sample.turns),
-            instruction=encoder.encode_instruction(sample.turns, device),
-        )
-
-
 def compare_task(
     backbone: Blip2Backbone,
     encoder: SampleEncoder,
@@ -70,9 +67,7 @@ def compare_task(
     """
     settings = recipe.evaluation
     scorer = TaskScorer(task, settings, only_quality=True)
-    samples = split_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
-    if not samples:
-        raise ConfigError(f"evaluation.tasks: {recipe.data.root}/{settings.split} has nothing for task {task!r}")
+    samples = required_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
     entries = list(_entries(backbone, methods, chosen, recipe))
     arms = [entry.arm for entry in entries]
     answers: list[list[Answer]] = []
@@ -148,7 +143,7 @@ def _measure(
         n_tokens = sum(len(answer.tokens) for answer in column)
         mean_blocks = sum(answer.blocks for answer in column) / n_tokens
         same = [a.tokens == b.tokens for a, b in zip(column, columns[0], strict=True)]
-        _, interval = ratio_with_interval(score.per_sample, [1.0] * len(column))
+        _, interval = mean_with_interval(score.per_sample)
         found.append(
             {
                 "quality_name": scorer.task.quality_name,

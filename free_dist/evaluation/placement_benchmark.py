@@ -17,7 +17,7 @@ import numpy as np
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import ConfigError, Recipe
 from free_dist.data.samples import SampleEncoder
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import required_samples
 from free_dist.evaluation.arms import ours
 from free_dist.evaluation.benchmark import ratio_with_interval
 from free_dist.evaluation.calibration import OFF
@@ -75,9 +75,7 @@ def measure_task(
 
     No more samples are begun after ``deadline`` (``time.monotonic()``), nor rounds.  Raises ConfigError without samples.
     """
-    samples = split_samples(recipe.data, "test", task, max_samples=max_samples)
-    if not samples:
-        raise ConfigError(f"data.root: {recipe.data.root}/test has nothing for task {task!r}")
+    samples = required_samples(recipe.data, "test", task, max_samples=max_samples)
     keys = {name: (id(bank), bank_thresholds(bank, placement)) for name, (bank, placement) in placements.items()}
     limit = recipe.decoding.max_new_tokens
     arms = [ours(backbone, method="full", max_new_tokens=limit)]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from free_dist.backbones import Backbone, LayerCache, Memory, Span
 from free_dist.config import Recipe, UserError
 from free_dist.data.samples import Sample, SampleEncoder, image_numbers
-from free_dist.decoding.policy import MaxProbPolicy
+from free_dist.decoding.policy import MaxProbPolicy, widened
 from free_dist.evaluation.benchmark import mean_with_interval
 from free_dist.evaluation.evaluate import Gather, alone, task_samples
 from free_dist.evaluation.metrics_ranking import ndcg, ranking_metrics, ranks_of
@@ -144,7 +144,7 @@ class CandidateScorer:
             for index, feature in enumerate(features[place : place + len(bank.exit_layers)]):
                 logits = bank.logits_of(index, feature[kept])
                 likelihoods.append(_log_likelihood(logits, targets))
-                measured = MaxProbPolicy.measure(_widened(logits))[1]
+                measured = MaxProbPolicy.measure(widened(logits))[1]
                 confidences.append(torch.tensor(measured, dtype=torch.float64, device=logits.device))
             place += len(bank.exit_layers)
             read += [(own, torch.full_like(rows, k)) for k, own in zip(bank.exit_layers, likelihoods, strict=True)]
@@ -211,13 +211,9 @@ def _taken(cache: LayerCache, rows: Tensor, memory: Memory | None) -> LayerCache
     return own
 
 
-def _widened(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 def _log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits [M, V] and ids [M, 1] -> log-probabilities [M], float64."""
-    wide = _widened(logits)
+    wide = widened(logits)
     return (wide.gather(1, targets).squeeze(1) - wide.logsumexp(1)).double()
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from free_dist.backbones import Backbone
 from free_dist.config import ConfigError, Recipe
 from free_dist.data.samples import Sample, SampleEncoder
-from free_dist.data.stream import split_samples
+from free_dist.data.stream import required_samples
 from free_dist.decoding.generate import generate
 from free_dist.evaluation.arms import Split
 from free_dist.evaluation.calibration import RecordingPolicy
@@ -158,10 +158,7 @@ def record_answers(
 
 def calibration_samples(recipe: Recipe, task: str, count: int) -> list[Sample]:
     """``count`` samples of the calibration split (0: all), evenly spaced; raises ConfigError where there are none."""
-    samples = split_samples(recipe.data, "calibration", task, max_samples=count)
-    if not samples:
-        raise ConfigError(f"data.root: {recipe.data.root}/calibration has nothing for task {task!r}")
-    return samples
+    return required_samples(recipe.data, "calibration", task, max_samples=count)
 
 
 def placement_costs(costs: DecodeCosts, *, positions: int, answer: float, head: str = "full") -> PlacementCosts:

@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from free_dist.atomic import write_atomically
 from free_dist.backbones import Backbone
-from free_dist.config import ConfigError, Recipe, UserError
+from free_dist.config import Recipe, UserError
 from free_dist.data.images import decode_image
 from free_dist.data.samples import Sample, SampleEncoder
-from free_dist.data.stream import split_samples
-from free_dist.evaluation.benchmark import Answer, Arm, exits_arm, full_arm, ratio_with_interval
+from free_dist.data.stream import required_samples
+from free_dist.evaluation.benchmark import Answer, Arm, exits_arm, full_arm, mean_with_interval, ratio_with_interval
 from free_dist.evaluation.evaluate import SampleResult, answer_samples, task_rows
 from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
@@ -130,9 +130,7 @@ def measure_corruptions(
     ]
     settings = recipe.evaluation
     for task in settings.tasks:
-        samples = split_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
-        if not samples:
-            raise ConfigError(f"evaluation.tasks: {recipe.data.root}/{settings.split} has nothing for task {task!r}")
+        samples = required_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
         scorer = TaskScorer(task, settings, only_quality=True)
         untouched = answer_all(backbone, encoder, arms, samples, what=f"{task}, clean", quiet=quiet)
         clean.append(TaskAnswers(task=task, samples=tuple(samples), arms=tuple(arms), results=tuple(untouched)))
@@ -160,11 +158,6 @@ def answer_all(
     """Every sample answered by every arm, in one process."""
     running = answer_samples(backbone, encoder, arms, samples, rank=0, world_size=1)
     return list(tqdm(running, total=len(samples), desc=what, unit="sample", disable=quiet, mininterval=1.0))
-
-
-def mean_with_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Mean, and its 95% percentile bootstrap interval over the values."""
-    return ratio_with_interval(values, [1.0] * len(values))
 
 
 def _rows(

@@ -27,9 +27,9 @@ from free_dist.data.samples import IGNORE, SampleEncoder
 from free_dist.data.stream import required_samples
 from free_dist.decoding.calibrate import calibrate
 from free_dist.decoding.policy import MaxProbPolicy
-from free_dist.evaluation.benchmark import exits_arm, full_arm
+from free_dist.evaluation.benchmark import exits_arm, full_arm, mean_with_interval
 from free_dist.evaluation.calibration import GRID, OFF, CalibrationSet, harm
-from free_dist.evaluation.robustness import TaskAnswers, answer_all, mean_with_interval
+from free_dist.evaluation.robustness import TaskAnswers, answer_all
 from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
 

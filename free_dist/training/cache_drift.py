@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from free_dist.backbones import Backbone, Instruction
-from free_dist.decoding.policy import MaxProbPolicy
+from free_dist.decoding.policy import MaxProbPolicy, widened
 from free_dist.decoding.result import GenerationResult
 from free_dist.exits import ExitBank
 
@@ -46,7 +46,8 @@ def answer_drift(
     kept = torch.zeros(features.final.shape[:2], dtype=torch.bool, device=prompt.device)
     kept[:, -answer.shape[1] :] = True
     exits = bank(features.exits, kept, memory=features.memory, span=features.span)
-    confidences = {k: _confidences(logits) for k, logits in zip(bank.exit_layers, bank.exit_logits(exits), strict=True)}
+    measured = (MaxProbPolicy.measure(widened(logits))[1] for logits in bank.exit_logits(exits))
+    confidences = dict(zip(bank.exit_layers, measured, strict=True))
     final = torch.softmax(backbone.lm_head(features.final[kept]).float(), dim=-1)
     lost = (final.amax(dim=-1) - final.gather(1, answer.T)[:, 0]).tolist()
     return [
@@ -67,7 +68,3 @@ def drift_checks(answers: Sequence[Sequence[float]]) -> dict[str, float]:
         halves[1].extend(drift[middle:])
     first, second = (sum(half) / max(len(half), 1) for half in halves)
     return {"samples/kv_drift": max(max(drift) for drift in answers), "samples/kv_drift_growth": second - first}
-
-
-def _confidences(logits: Tensor) -> list[float]:
-    return MaxProbPolicy.measure(logits if logits.dtype == torch.float64 else logits.float())[1]

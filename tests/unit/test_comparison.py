@@ -12,11 +12,11 @@ from free_dist.config import DataConfig, DecodingConfig, EvaluationConfig, Recip
 from free_dist.data.stream import split_samples
 from free_dist.decoding import generate
 from free_dist.evaluation.arms import ours
-from free_dist.evaluation.benchmark import exits_arm, run_interleaved
+from free_dist.evaluation.benchmark import exits_arm, prompted, run_interleaved
 from free_dist.evaluation.comparison import FIXED, OURS, Method, Setting, contest, method_arm
 from free_dist.evaluation.comparison_choice import ChoiceAmounts, Chosen, SettingJudge, choose_settings
 from free_dist.evaluation.comparison_report import COLUMNS, kept_on_both, markdown, verdict
-from free_dist.evaluation.comparison_run import compare_task, prompted
+from free_dist.evaluation.comparison_run import compare_task
 from free_dist.evaluation.metrics_captions import CaptionSuite
 from free_dist.evaluation.operating_points import wanted
 from free_dist.evaluation.report_claims import comparison_claims
