@@ -29,7 +29,7 @@ from monitoring import embedded_engines
 from free_dist.config import DataConfig, LossConfig, Recipe, TrainingConfig
 from free_dist.distributed import World, distributed_session
 from free_dist.training.checkpoint import Checkpoints
-from free_dist.training.checkpoint_state import pieces
+from free_dist.training.checkpoint_state import EngineState
 from free_dist.training.step import adversarial_step
 
 KINDS = ("none", "background", "synchronous")
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/easyvqa"), help="directory of shards")
     parser.add_argument("--rows", type=int, default=8, help="rows of a step; default: %(default)s")
     parser.add_argument("--steps", type=int, default=8, help="steps of a turn; default: %(default)s")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each kind; default: %(default)s")
+    parser.add_argument("--turns", type=int, default=15, help="turns of each kind; default: %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with distributed_session() as world, tempfile.TemporaryDirectory() as directory:
@@ -90,7 +90,7 @@ def measure(arguments: argparse.Namespace, directory: Path, world: World) -> dic
     state = sum(
         tensor.numel() * tensor.element_size()
         for name, engine in trained.items()
-        for tensor in pieces(name, engine).values()
+        for tensor in EngineState(name, engine).pieces().values()
     )
     return {
         "stall_ratio": stall_of["background"] / stall_of["synchronous"],

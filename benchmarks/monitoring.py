@@ -4,8 +4,8 @@
     python benchmarks/monitoring.py --data data/easyvqa
 
 CPU time of this process, so that other programs hardly count; on a GPU, elapsed time.  Prints one JSON line: ``overhead``, the
-share of a step that watching adds at --log_every steps a logged one, as the median over turns of both kinds; and ``own_share``,
-the time inside the watch's own code over that of the steps it watched, which noise of the machine hardly moves.
+share of a step that watching adds at --log_every steps a logged one, as the median over pairs of turns, with its 95% interval;
+and ``own_share``, the time inside the watch's own code over that of the steps it watched, which noise hardly moves.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from free_dist.data.samples import Batch, SampleEncoder
 from free_dist.data.stream import training_batches
 from free_dist.distributed import World, all_reduce_sum, distributed_session, seed_everything
 from free_dist.engines import Engines, build_engines
+from free_dist.evaluation.benchmark import median_with_interval
 from free_dist.exits import ExitBank, FeatureClassifiers
 from free_dist.monitor import Monitor
 from free_dist.training.run_watch import RunWatch
@@ -41,7 +42,7 @@ def main() -> None:
         "--data", type=Path, default=Path("data/easyvqa"), help="directory of shards; default: %(default)s"
     )
     parser.add_argument("--rows", type=int, default=8, help="rows of a step; default: %(default)s")
-    parser.add_argument("--turns", type=int, default=6, help="turns of each kind; default: %(default)s")
+    parser.add_argument("--turns", type=int, default=24, help="turns of each kind; default: %(default)s")
     parser.add_argument("--log_every", type=int, default=10, help="steps of a turn, the last of them logged")
     arguments = parser.parse_args()
     with distributed_session() as world, tempfile.TemporaryDirectory() as run_dir:
@@ -81,7 +82,7 @@ def measure(arguments: argparse.Namespace, run_dir: Path, world: World) -> dict[
 
         watch.health.measure = timed_health
         for turn in range(2 * arguments.turns + 2):
-            watched = turn % 2 == 1
+            watched = turn % 4 in (1, 2)  # each kind is first in every other pair
             began = clock()
             for number, batch in enumerate(fixed, 1):
                 measured = number == len(fixed)
@@ -111,9 +112,12 @@ def measure(arguments: argparse.Namespace, run_dir: Path, world: World) -> dict[
             if turn >= 2:  # the first turn of each kind warms up, and counts operations
                 seconds[watched].append((clock() - began) / len(fixed))
     with_it, without = (statistics.median(seconds[watched]) for watched in (True, False))
+    pairs = [watched / plain - 1 for watched, plain in zip(seconds[True], seconds[False], strict=True)]
+    overhead, interval = median_with_interval(pairs)
     return {
         "own_share": (own + sum(health_seconds)) / (sum(inside) - sum(health_seconds)),
-        "overhead": with_it / without - 1,
+        "overhead": overhead,
+        "overhead_interval": interval,
         "ms_per_step_watched": 1e3 * with_it,
         "ms_per_step_plain": 1e3 * without,
         "turns": arguments.turns,

@@ -2,27 +2,36 @@
 """What does each setting bring?  Trains exits with one thing changed at a time, over several seeds at equal steps.
 
 Every file of launch/recipes/ablations changes the base recipe in one thing: no adversarial loss, no task loss, KL instead of
-labels, other starting blocks, numbers of exits, discriminators, exit variants.  Measures teacher-forced accuracy behind every
-exit on the test split, with 95% intervals over seeds and differences paired by seed.  Runs that were made before are reused.
+labels, CapFilt's captions, other starting blocks, numbers of exits, discriminators, exit variants.  Measures teacher-forced
+accuracy behind every exit on the test split, with 95% intervals over seeds and differences paired by seed.  Runs that were made
+before are reused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections import defaultdict
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
-from free_dist.config import Recipe, UserError, nearest
-from free_dist.recipe_io import add_device_arguments, add_recipe_arguments, fail_clearly, load_recipe
+from free_dist.config import DataConfig, Recipe, UserError, nearest
+from free_dist.recipe_io import add_device_arguments, add_recipe_arguments, fail_clearly, load_recipe, positive_integer
 from free_dist.training.run_directory import differing_fields
-from free_dist.training.runs import SETTINGS, add_launch_arguments, provenance, train_once
+from free_dist.training.runs import SETTINGS, add_launch_arguments, provenance, run_program, train_all
 
 LAUNCH = Path(__file__).resolve().parent
 BASE_RECIPE = LAUNCH / "recipes" / "ablation.yaml"
+CAPFILT = "capfilt"
+"""The ablation whose data is made first."""
+CAPFILT_IMAGES = 500
+"""Images whose captions its captioner and its filter learn from."""
+MOST_JOBS = 4
+"""Runs that train at a time where nothing is said: each takes 1 to 2 GB of memory."""
 ABLATIONS = {path.stem: path for path in sorted((LAUNCH / "recipes" / "ablations").glob("*.yaml"))}
 
 
@@ -32,7 +41,15 @@ def main() -> None:
     parser.add_argument(
         "--only", metavar="NAME,...", help=f"ablations beside the base; default: all of {', '.join(ABLATIONS)}"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: %(default)s")
+    parser.add_argument(
+        "--jobs", type=positive_integer, metavar="N",
+        help=f"runs that train at a time (default: 1 where CUDA is found, else cores / --num_gpus, at most {MOST_JOBS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--blip-steps", type=positive_integer, default=600,
+        help="training steps of CapFilt's captioner and of its filter (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=seeds, default="0,1,2", metavar="N,...", help="default: %(default)s")
     add_device_arguments(parser)
     add_recipe_arguments(parser, default="launch/recipes/ablation.yaml")
     arguments = parser.parse_intermixed_args()
@@ -51,7 +68,8 @@ def main() -> None:
                     f"that out, or choose other ablations with --only"
                 )
         run(
-            recipes, arguments.seeds, arguments.ds_config, arguments.num_gpus, device=arguments.device, dtype=arguments.dtype
+            recipes, arguments.seeds, arguments.ds_config, arguments.num_gpus, device=arguments.device, dtype=arguments.dtype,
+            blip_steps=arguments.blip_steps, jobs=arguments.jobs,
         )  # fmt: skip
 
 
@@ -63,27 +81,37 @@ def run(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    blip_steps: int = 600,
+    jobs: int | None = None,
 ) -> None:
-    """Train settings x seeds, probe them all at once on ``device``, write ``ablation.json`` and print the table."""
+    """Train settings x seeds, ``jobs`` at a time, probe them all at once on ``device``, write ``ablation.json`` and print the
+    table."""
     from free_dist.backbones.embedded import resolve_backbone
+    from free_dist.data import easyvqa
 
     base = recipes["base"]
-    exports: dict[tuple[str, int], Path] = {}
-    for number, (name, recipe) in enumerate(recipes.items()):
-        for place, seed in enumerate(seeds):
-            print(f"\n[{number * len(seeds) + place + 1}/{len(recipes) * len(seeds)}] {name}, seed {seed}", flush=True)
-            part = replace(
+    if base.data.root == DataConfig().root:
+        easyvqa.prepare(Path(base.data.root))  # before several runs do so at once
+    parts = {}
+    for name, recipe in recipes.items():
+        if name == CAPFILT:
+            recipe = replace(recipe, data=replace(recipe.data, root=str(captioned(base, blip_steps))))
+        for seed in seeds:
+            parts[name, seed] = replace(
                 recipe,
                 run_dir=str(Path(base.run_dir) / f"{name}-seed-{seed}"),
                 training=replace(recipe.training, seed=seed),
             )
-            exports[name, seed], _ = train_once(
-                part,
-                script=LAUNCH / "train.py",
-                ds_config=ds_config,
-                num_processes=num_processes,
-                backbone=resolve_backbone(recipe.backbone.path),
-            )
+    trained = train_all(
+        {f"{name}, seed {seed}": part for (name, seed), part in parts.items()},
+        jobs=jobs or usual_jobs(num_processes),
+        script=LAUNCH / "train.py",
+        ds_config=ds_config,
+        num_processes=num_processes,
+        backbone=lambda recipe: resolve_backbone(recipe.backbone.path),
+        tell=partial(print, flush=True),
+    )
+    exports = dict(zip(parts, trained.values(), strict=True))
 
     from free_dist.atomic import write_atomically
     from free_dist.data.pretrained import load_for_inference
@@ -123,6 +151,38 @@ def run(
     print(f"\nfull model: {', '.join(f'{task} {accuracy:.3f}' for task, accuracy in full_model.items())}")
     print("* not 0 with 95% confidence, paired by seed, no correction for the number of comparisons")
     print(path)
+
+
+def seeds(text: str) -> list[int]:
+    """``0,1,2`` -> [0, 1, 2]; argparse shows the error."""
+    parts = text.split(",")
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text}: want different whole numbers from 0 on, such as 0,1,2")
+    return [int(part) for part in parts]
+
+
+def usual_jobs(num_processes: int) -> int:
+    """Runs of so many processes that train at a time unless the user says otherwise: a small model leaves cores idle."""
+    from torch import cuda
+
+    return 1 if cuda.is_available() else max(1, min(len(os.sched_getaffinity(0)) // num_processes, MOST_JOBS))
+
+
+def captioned(base: Recipe, steps: int) -> Path:
+    """The base recipe's data with CapFilt's captions, by models trained on some of its own; made once."""
+    made = Path(base.run_dir) / f"capfilt-{steps}-steps"
+    source, data = base.data.root, made / "data"
+    train = ["--images", CAPFILT_IMAGES, "--out", made, "--backbone", base.backbone.path, "--steps", steps]
+    write = ["--out", data, "--captioner", made / "captioner", "--filter", made / "filter", "--min-length", 6]
+    programs: list[list[object]] = [
+        ["train_blip.py", "--data", source, *train],
+        ["capfilt.py", "--source", source, *write, "--max-length", 35],
+    ]
+    for name, *words in programs:
+        print(f"\n{name} in {made}", flush=True)
+        if run_program([sys.executable, LAUNCH / str(name), *words], run_dir=made):
+            raise UserError(f"launch/{name} failed: see its messages above, or leave {CAPFILT} out with --only")
+    return data
 
 
 if __name__ == "__main__":

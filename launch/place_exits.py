@@ -54,7 +54,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--min-speed", type=float, metavar="RATIO",
-        help="instead of --max-harm: the least harm at which this speed over full depth is predicted",
+        help="instead of --max-harm: the least harm at which this speed over full depth is predicted by the costs alone",
     )  # fmt: skip
     parser.add_argument(
         "--harm", choices=("agreement", "labels"), default="agreement",
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--random-measured",
         type=int,
-        default=3,
+        default=20,
         help="random sets that are timed, from best to worst (default: %(default)s)",
     )
     parser.add_argument(
@@ -103,11 +103,11 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     from free_dist.atomic import write_atomically
     from free_dist.data.pretrained import load_for_inference
     from free_dist.evaluation.placement_plot import placement_picture
+    from free_dist.evaluation.placement_result import measure
     from free_dist.evaluation.placement_run import (
         Settings,
         Variant,
         is_adversarial,
-        measure,
         record,
         search_all,
         shared_thresholds,

@@ -7,8 +7,9 @@ r"""Is there a mid-crisis, and how much does the model overthink?  Reads every b
 
 Logit lens (final norm and head alone), tuned lens (one affine translator per block, trained here), and exit transformers trained
 without and with the adversarial loss (CE-ET, GAN-ET): given ones, or exits after every block that are trained once in
-RUN/placement.  --fine-tuned names a second backbone, the same model after fine-tuning, which is read by the two lenses.  Writes
-mid_crisis.json, mid_crisis.png and overthinking.png to the run directory.
+RUN/placement.  --fine-tuned names a second backbone, the same model after fine-tuning, which is read by the two lenses;
+--fine-tune makes one, a copy whose language model is trained on the recipe's tasks by LoRA in RUN/tuned.  Writes mid_crisis.json,
+mid_crisis.png and overthinking.png to the run directory.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from free_dist.config import Recipe, UserError
-from free_dist.recipe_io import add_device_arguments, fail_clearly, recipe_help
-from free_dist.training.bank_runs import add_bank_arguments, recipe_of, train_bank
+from free_dist.recipe_io import add_device_arguments, fail_clearly, positive_integer, recipe_help
+from free_dist.training.bank_runs import add_bank_arguments, fine_tuned_copy, recipe_of, train_bank
 from free_dist.training.runs import provenance
 
 LAUNCH = Path(__file__).resolve().parent
@@ -48,6 +49,10 @@ def main() -> None:
         help="the same model after fine-tuning, read by lenses to compare",
     )
     parser.add_argument(
+        "--fine-tune", type=positive_integer, metavar="STEPS",
+        help="fine-tune a copy of the backbone for so many steps, unless that was done before, and read that to compare",
+    )  # fmt: skip
+    parser.add_argument(
         "--lens-steps",
         type=int,
         default=300,
@@ -61,6 +66,8 @@ def main() -> None:
     with fail_clearly(parser):
         if arguments.no_exits and (arguments.exits or arguments.exits_ce):
             raise UserError("--no-exits contradicts --exits and --exits-ce: leave one out")
+        if arguments.fine_tuned and arguments.fine_tune:
+            raise UserError("--fine-tune makes what --fine-tuned names: leave one out")
         if arguments.lens_steps < 0 or arguments.lens_tokens < 1:
             raise UserError("--lens-steps: want 0 or more; --lens-tokens: want at least 1")
         run(recipe_of(arguments.source, arguments.overrides), arguments)
@@ -97,8 +104,13 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
         "backbone": recipe.backbone.path,
     }
     content["tasks"], content["tuned_lens"] = read(backbone, encoder, recipe, banks, arguments)
-    if arguments.fine_tuned is not None:
-        other = replace(recipe.backbone, path=str(arguments.fine_tuned))
+    fine_tuned = arguments.fine_tuned
+    if arguments.fine_tune:
+        fine_tuned = fine_tuned_copy(
+            recipe, steps=arguments.fine_tune, script=LAUNCH / "finetune.py", say=functools.partial(print, flush=True)
+        )
+    if fine_tuned is not None:
+        other = replace(recipe.backbone, path=str(fine_tuned))
         backbone, encoder = load_for_inference(other, device=arguments.device, dtype=arguments.dtype)
         content["fine_tuned_backbone"] = other.path
         content["fine_tuned"], content["fine_tuned_lens"] = read(backbone, encoder, recipe, {}, arguments)
@@ -108,7 +120,7 @@ def run(recipe: Recipe, arguments: argparse.Namespace) -> None:
     write_atomically(path, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
     show(content["tasks"], recipe.backbone.path)
     if "fine_tuned" in content:
-        show(content["fine_tuned"], f"{arguments.fine_tuned} (fine-tuned)")
+        show(content["fine_tuned"], f"{fine_tuned} (fine-tuned)")
     print(path)
     for draw, name in ((depth_picture, "mid_crisis.png"), (overthinking_picture, "overthinking.png")):
         print(draw(content, run_dir / name))
@@ -119,7 +131,13 @@ def read(backbone: Any, encoder: Any, recipe: Recipe, banks: Any, arguments: arg
     from tqdm import tqdm
 
     from free_dist.evaluation.depth import depth_summary
-    from free_dist.evaluation.depth_lens import TunedLens, answer_states, lens_divergence, train_tuned_lens
+    from free_dist.evaluation.depth_lens import (
+        TunedLens,
+        answer_states,
+        final_log_probs,
+        lens_divergence,
+        train_tuned_lens,
+    )
     from free_dist.evaluation.depth_reading import read_depth, training_batches_for_lens
 
     lens, gained = None, None
@@ -134,10 +152,11 @@ def read(backbone: Any, encoder: Any, recipe: Recipe, banks: Any, arguments: arg
         )  # fmt: skip
         plain = TunedLens(backbone.n_blocks, hidden.shape[-1]).to(device).requires_grad_(False)
         some = slice(0, 512)
+        wanted = final_log_probs(backbone, final[some])
         gained = {
             "steps": arguments.lens_steps, "tokens": len(final), "seconds": time.perf_counter() - started,
             "kl": {
-                str(k): [float(lens_divergence(backbone, one, k, hidden[k - 1, some], final[some])) for one in (plain, lens)]
+                str(k): [float(lens_divergence(backbone, one, k, hidden[k - 1, some], wanted)) for one in (plain, lens)]
                 for k in range(1, backbone.n_blocks)
             },
         }  # fmt: skip

@@ -69,9 +69,14 @@ requeue_or_fail() {
     echo "$SLURM_JOB_NAME: exit code $code after $restarts restarts, and MAX_RESTARTS=$MAX_RESTARTS: giving up" >&2
     exit "$code"
   fi
+  for _ in {1..60}; do
+    state=$(squeue --noheader --jobs "$(own_id)" --states all --format %T)
+    # While the signal that asked this job to stop is still on its way to other nodes, that is all its state says.
+    [[ $state == SIGNALING ]] || break
+    sleep 0.5
+  done
   # Whoever cancelled the job does not want it back.
-  state=$(squeue --noheader --jobs "$(own_id)" --states all --format %T)
-  if [[ $state != RUNNING ]]; then
+  if [[ $state != RUNNING && $state != SIGNALING ]]; then
     echo "$SLURM_JOB_NAME: exit code $code, and the job is $state: not started again" >&2
     exit "$code"
   fi

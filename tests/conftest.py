@@ -87,6 +87,18 @@ def tiny_tokenizer(tiny_data: DataConfig, tiny_backbone: Blip2Backbone) -> PreTr
 
 
 @pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Blip2Backbone, tiny_tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """``tiny_backbone`` as a complete Hugging Face directory."""
+    directory = tmp_path_factory.mktemp("tiny_blip2")
+    tiny_backbone.model.save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
+    new_image_processor().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_encoder(tiny_backbone: Blip2Backbone, tiny_tokenizer: PreTrainedTokenizerBase) -> SampleEncoder:
     """Samples -> batches of the tiny backbone."""
     return SampleEncoder(tiny_tokenizer, new_image_processor(), tiny_backbone.layout, tiny_backbone.max_positions)

@@ -20,14 +20,23 @@ EXACT = ("full", "full, runner", "hf", "hf_compiled")
 
 
 def time_rows(
-    arms: Sequence[Contestant], times: Sequence[Sequence[float]], *, task: str, length: str, batch_size: int = 1
+    arms: Sequence[Contestant],
+    times: Sequence[Sequence[float]],
+    *,
+    task: str,
+    length: str,
+    images: Sequence[int] | None = None,
+    batch_size: int = 1,
 ) -> list[dict[str, Any]]:
-    """One row per arm from its seconds per sample, ``times`` [A][N]; ``length`` says in words how long answers are."""
+    """One row per arm from its seconds per sample, ``times`` [A][N]; ``length`` says in words how long answers are.
+
+    ``images``: of N or more samples, which image each is about; intervals are over images, or without them over samples.
+    """
     exact = [i for i, arm in enumerate(arms) if arm.arm.method in EXACT]
     fastest = min(exact, key=lambda i: sum(times[i]))
     rows = []
     for arm, own in zip(arms, times, strict=True):
-        speedup, interval = ratio_with_interval(times[fastest], own)
+        speedup, interval = ratio_with_interval(times[fastest], own, images and images[: len(own)])
         rows.append(
             {
                 "task": task,

@@ -139,9 +139,9 @@ def _count(n: int) -> str:
 
 
 LEGEND = """`speed`: wall-clock against the faster full-depth decoder, end to end from pixels to tokens, batch 1, sums over the
-same samples in one interleaved run, with 95% bootstrap intervals.  `layer ratio`: blocks of the full model over blocks executed
-per token, an exit transformer counted as one and heads not at all; it is a count, not a speed.  `same tokens`: answers with
-exactly the full model's tokens.  `trained`: numbers that training changes in the exits; `training s`: seconds of the training's
-steps on the machine it ran on, by its log; `GFLOP`: operations of one training sample, backbone and discriminators included.
-Operating points were chosen on the calibration split, the fastest that keeps {margin} of the full model's quality there; tables
-and sweep are of the test split."""
+same samples in one interleaved run, with 95% bootstrap intervals over images.  `layer ratio`: blocks of the full model over
+blocks executed per token, an exit transformer counted as one and heads not at all; it is a count, not a speed.  `same tokens`:
+answers with exactly the full model's tokens.  `trained`: numbers that training changes in the exits; `training s`: seconds of
+the training's steps on the machine it ran on, by its log; `GFLOP`: operations of one training sample, backbone and
+discriminators included.  Operating points were chosen on the calibration split, the fastest that keeps {margin} of the full
+model's quality there; tables and sweep are of the test split."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import Recipe
-from free_dist.data.samples import Sample, SampleEncoder
+from free_dist.data.samples import Sample, SampleEncoder, image_numbers
 from free_dist.data.stream import required_samples
 from free_dist.evaluation.benchmark import (
     Answer,
@@ -82,12 +82,13 @@ def compare_task(
         if entry.method is not None and entry.method.name == OURS and entry.chosen is not None
     )
     seconds = [[answer.seconds for answer in column] for column in columns]
+    images = image_numbers(samples)
     baselines = [i for i, entry in enumerate(entries) if entry.method is None]
     fastest = min(baselines, key=lambda i: sum(seconds[i]))
     table, sweep = [], []
     for i, entry in enumerate(entries):
-        speed, interval = ratio_with_interval(seconds[fastest], seconds[i])
-        against, against_interval = ratio_with_interval(seconds[i], seconds[ours])
+        speed, interval = ratio_with_interval(seconds[fastest], seconds[i], images)
+        against, against_interval = ratio_with_interval(seconds[i], seconds[ours], images)
         row = _described(entry, task, costs, min_quality)
         row |= measured[i] | {
             "speed": speed,
@@ -133,7 +134,7 @@ def _measure(
     n_blocks: int,
 ) -> list[dict[str, Any]]:
     """Per arm what its answers are worth and how many blocks they took; ``columns`` [A][N], arm 0 is the full model."""
-    references = [sample.references for sample in samples]
+    references, images = [sample.references for sample in samples], image_numbers(samples)
     found = []
     quality_full = 0.0
     for i, column in enumerate(columns):
@@ -143,7 +144,7 @@ def _measure(
         n_tokens = sum(len(answer.tokens) for answer in column)
         mean_blocks = sum(answer.blocks for answer in column) / n_tokens
         same = [a.tokens == b.tokens for a, b in zip(column, columns[0], strict=True)]
-        _, interval = mean_with_interval(score.per_sample)
+        _, interval = mean_with_interval(score.per_sample, images)
         found.append(
             {
                 "quality_name": scorer.task.quality_name,

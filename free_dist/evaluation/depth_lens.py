@@ -64,9 +64,14 @@ def answer_states(backbone: Backbone, batches: Iterable[Batch], *, limit: int) -
     return torch.cat(hidden, dim=1)[:, :limit], torch.cat(final)[:limit]
 
 
-def lens_divergence(backbone: Backbone, lens: TunedLens, k: int, hidden: Tensor, final: Tensor) -> Tensor:
-    """Mean KL(p_L || p_k) in nats of block ``k``'s states [N, D] to the final features [N, D]."""
-    wanted = F.log_softmax(backbone.lm_head(final).float(), dim=-1)
+@torch.no_grad()
+def final_log_probs(backbone: Backbone, final: Tensor) -> Tensor:
+    """log p_L [N, V], float32, of the full model, from its final normed features [N, D]."""
+    return F.log_softmax(backbone.lm_head(final).float(), dim=-1)
+
+
+def lens_divergence(backbone: Backbone, lens: TunedLens, k: int, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """Mean KL(p_L || p_k) in nats of block ``k``'s states [N, D]; ``wanted``: log p_L [N, V]."""
     read = F.log_softmax(backbone.lm_head(backbone.final_norm(lens.translate(k, hidden))).float(), dim=-1)
     return F.kl_div(read, wanted, reduction="batchmean", log_target=True)
 
@@ -87,9 +92,10 @@ def train_tuned_lens(
     draws = _draws(len(final), seed)
     for _ in progress(range(steps)):
         rows = next(draws).to(hidden.device)
+        wanted = final_log_probs(backbone, final[rows])
         optimizer.zero_grad()
         for k in range(1, backbone.n_blocks):  # one block's logits at a time; translators do not share weights
-            lens_divergence(backbone, lens, k, hidden[k - 1, rows], final[rows]).backward()
+            lens_divergence(backbone, lens, k, hidden[k - 1, rows], wanted).backward()
         optimizer.step()
         schedule.step()
     return lens.eval().requires_grad_(False)

@@ -197,7 +197,7 @@ def task_rows(
     """One row per arm from the merged results of a task; ``arms[0]`` is the full-depth decoder, the teacher.
 
     ``samples``: all that ``results`` number; with them, qualities are broken down by what the data set says of a sample, and
-    their intervals are over images.
+    intervals are over images.
     """
     assert (arms[0].method, arms[0].stride) == ("full", 1)
     scorer = scorer or TaskScorer(task_name)
@@ -222,7 +222,7 @@ def _row(
     score, score_full = _score(scorer, seen, i), _score(scorer, seen, 0)
     n_tokens = sum(len(answer.tokens) for answer in own)
     mean_blocks = sum(answer.blocks for answer in own) / n_tokens
-    wall, wall_interval = ratio_with_interval([a.seconds for a in full], [a.seconds for a in own])
+    wall, wall_interval = ratio_with_interval([a.seconds for a in full], [a.seconds for a in own], images)
     extras: dict[str, object] = {
         "quality_name": scorer.task.quality_name,
         "token_agreement": _token_agreement(own, full),
@@ -237,7 +237,7 @@ def _row(
     parts = {}
     if score.per_sample:
         _, extras["quality_interval"] = mean_with_interval(score.per_sample, images)
-    if samples and score.per_sample:
+    if samples and score.per_sample and not scorer.only_quality:
         origins = [samples[result.index].origin for result in seen]
         parts = scorer.breakdown(_texts(seen, i), [result.references for result in seen], origins)
     if parts:
@@ -248,7 +248,9 @@ def _row(
     if hf is not None:
         shared = [result for result in seen if result.answers[hf] is not None]
         wall_hf, extras["wall_ratio_hf_interval"] = ratio_with_interval(
-            [a.seconds for a in _answers(shared, hf)], [a.seconds for a in _answers(shared, i)]
+            [a.seconds for a in _answers(shared, hf)],
+            [a.seconds for a in _answers(shared, i)],
+            [numbers[result.index] for result in shared],
         )
         extras["n_hf"] = len(shared)
     return Row(

@@ -16,7 +16,7 @@ import numpy as np
 
 from free_dist.backbones import Blip2Backbone
 from free_dist.config import ConfigError, Recipe
-from free_dist.data.samples import SampleEncoder
+from free_dist.data.samples import SampleEncoder, image_numbers
 from free_dist.data.stream import required_samples
 from free_dist.evaluation.arms import ours
 from free_dist.evaluation.benchmark import ratio_with_interval
@@ -46,6 +46,8 @@ class TaskMeasurement:
     full: Measured
     placed: dict[str, Measured]
     """Name -> what was measured; placements that are the same share one measurement."""
+    images: tuple[int, ...]
+    """[N], which image each answer is about."""
     quality_name: str
     tokenizer: dict[str, Any]
     """``tokenizer``, where the quality depends on one."""
@@ -70,12 +72,13 @@ def measure_task(
     max_samples: int,
     rounds: int = 2,
     deadline: float | None = None,
+    split: str = "test",
 ) -> TaskMeasurement:
-    """Time full depth and every placement on the test split of a task.
+    """Time full depth and every placement on a split of a task.
 
     No more samples are begun after ``deadline`` (``time.monotonic()``), nor rounds.  Raises ConfigError without samples.
     """
-    samples = required_samples(recipe.data, "test", task, max_samples=max_samples)
+    samples = required_samples(recipe.data, split, task, max_samples=max_samples)
     keys = {name: (id(bank), bank_thresholds(bank, placement)) for name, (bank, placement) in placements.items()}
     limit = recipe.decoding.max_new_tokens
     arms = [ours(backbone, method="full", max_new_tokens=limit)]
@@ -103,6 +106,7 @@ def measure_task(
     return TaskMeasurement(
         full=found[0],
         placed={name: found[number.get(key, 0)] for name, key in keys.items()},
+        images=tuple(image_numbers(samples[: len(answers)])),
         quality_name=scorer.task.quality_name,
         tokenizer=tokenizer,
     )
@@ -112,11 +116,14 @@ def measured_columns(tasks: Sequence[TaskMeasurement], name: str, *, against: st
     """Speed and quality of one placement over one or several tasks, for a JSON file.
 
     Over several tasks every task counts alike: times are taken relative to its full depth's mean, and so are qualities.
+    Intervals are over the images of each task.
     ``against``: another placement whose time over this one's is given too.
     """
     full, own, other = [], [], []
+    images: list[tuple[int, int]] = []
     ratios, qualities = [], []
-    for task in tasks:
+    for number, task in enumerate(tasks):
+        images += [(number, image) for image in task.images]
         mine, unit = task.placed[name], float(np.mean(task.full.seconds)) * len(task.full.seconds)
         full += [value / unit for value in task.full.seconds]
         own += [value / unit for value in mine.seconds]
@@ -125,7 +132,7 @@ def measured_columns(tasks: Sequence[TaskMeasurement], name: str, *, against: st
         quality, whole = float(np.mean(mine.scores)), float(np.mean(task.full.scores))
         qualities.append(quality)
         ratios.append(quality / whole if whole else 1.0)
-    speed, interval = ratio_with_interval(full, own)
+    speed, interval = ratio_with_interval(full, own, images)
     columns: dict[str, Any] = {
         "measured_speed": speed,
         "measured_speed_interval": interval,
@@ -135,7 +142,7 @@ def measured_columns(tasks: Sequence[TaskMeasurement], name: str, *, against: st
         "n": sum(len(task.full.seconds) for task in tasks),
     }
     if against is not None:
-        ratio, interval = ratio_with_interval(own, other)
+        ratio, interval = ratio_with_interval(own, other, images)
         columns["slower_than_found"], columns["slower_than_found_interval"] = ratio, interval
     for task in tasks:
         columns |= task.tokenizer

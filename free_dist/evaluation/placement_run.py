@@ -1,4 +1,4 @@
-"""Placing exits on real models: record, search, compare with other placements, measure.
+"""Placing exits on real models: record, search, and find what other placements would do.
 
 Every placement, whether it was searched, named or drawn, gets its thresholds and its variant by the same search restricted to its
 blocks, on the calibration split, and may switch exits off for a task; so placements differ in their blocks alone.  Each task has
@@ -28,7 +28,6 @@ from free_dist.evaluation.benchmark import Prompted, wait_for_device
 from free_dist.evaluation.calibration import EXIT_GRID, OFF, RecordingPolicy
 from free_dist.evaluation.measure_costs import CostMeter
 from free_dist.evaluation.operating_points import Model
-from free_dist.evaluation.placement_benchmark import TaskMeasurement, measure_task, measured_columns
 from free_dist.evaluation.recording import RecordedAnswers, Timed, anchored_costs, calibration_samples, record_answers
 from free_dist.exits import ExitBank
 from free_dist.exits.export import load_exits
@@ -45,7 +44,7 @@ POSITIONS = (1, 2, 4, 8, 16, 32, 64)
 COST_SAMPLES = 20
 """Answers at full depth that are timed before each task is recorded, and as many samples of the pieces' times between them."""
 HAND_PICKED = {"authors' paper": (3, 6, 9), "authors' code": (3, 5, 18, 21, 27)}
-"""Layers of the 32 of OPT-2.7B (METHOD.md; the second in the authors' public code)."""
+"""Layers of the 32 of OPT-2.7B, in arXiv 2506.06884 and in its public code."""
 HAND_PICKED_OF = 32
 
 
@@ -60,7 +59,7 @@ class Settings:
     harm: str = "agreement"
     record: int = 150
     random_sets: int = 20
-    random_measured: int = 3
+    random_measured: int = 20
     samples: int = 100
     rounds: int = 2
     seconds: float = 600.0
@@ -275,58 +274,8 @@ def add_retrained(
 def shared_thresholds(choice: Choice) -> tuple[float, ...]:
     """One threshold per layer of the choice: the highest of any recording's, ``OFF`` where any of them switches the exit off."""
     return tuple(
-        max(values) for values in zip(*(_thresholds(p, choice.layers) for p in choice.placements), strict=True)
+        max(values) for values in zip(*(set_thresholds(p, choice.layers) for p in choice.placements), strict=True)
     )
-
-
-def measure(
-    backbone: Blip2Backbone, encoder: SampleEncoder, recipe: Recipe, found: Found, settings: Settings, say: Say
-) -> dict[str, Any]:  # fmt: skip
-    """Everything of ``placement.json`` but where it comes from."""
-    names = list(found.drawn)
-    wanted = min(settings.random_measured, len(names))
-    picked = {names[round(i * (len(names) - 1) / max(1, wanted - 1))] for i in range(wanted)}
-    timed = {"found": found.chosen, **found.named, **{name: found.drawn[name] for name in names if name in picked}}
-    measured: list[TaskMeasurement] = []
-    ends = time.monotonic() + settings.seconds
-    for number, task in enumerate(found.tasks):
-        left = (ends - time.monotonic()) / (len(found.tasks) - number)
-        say(f"{task}: measuring full depth and {len(timed)} placements, at most {left:.0f} s")
-        placements = {name: (p.variant.bank, p.choice.placements[number]) for name, p in timed.items()}
-        measured.append(
-            measure_task(
-                backbone, encoder, recipe, task, placements,
-                max_samples=settings.samples, rounds=settings.rounds, deadline=time.monotonic() + left,
-            )
-        )  # fmt: skip
-
-    def entries(numbers: Sequence[int]) -> dict[str, Any]:
-        columns = {}
-        for name, placed in ({"found": found.chosen} | found.named | found.drawn).items():
-            columns[name] = _entry(placed, found, numbers)
-            if name in timed:
-                columns[name] |= measured_columns([measured[i] for i in numbers], name, against="found")
-        chosen = columns.pop("found")
-        error = chosen["measured_speed"] / chosen["predicted_speed"] - 1
-        return {"predicted": chosen, "measured": chosen, "baselines": columns, "prediction_error": error}
-
-    rows = sorted(found.drawn.values(), key=lambda placed: placed.choice.relative_seconds)
-    return entries(range(len(found.tasks))) | {
-        "budget": {
-            "max_exits": settings.max_exits, "max_parameters": settings.max_parameters, "min_speed": settings.min_speed,
-            "max_harm": found.bound, "harm": settings.harm,
-        },
-        "search_seconds": found.search_seconds,
-        "points": found.points,
-        "random_predicted_speeds": [1 / placed.choice.relative_seconds for placed in rows],
-        "note": (
-            f"all {len(rows)} random sets are predicted, {len(picked)} measured (from the fastest predicted to the slowest); "
-            "every set's thresholds and variant come from the same search restricted to its blocks; several tasks count alike, "
-            "each relative to its own full depth; a threshold above 1 switches an exit off"
-        ),
-        "costs": {one.variant.name: {task: _milliseconds(own) for task, own in one.costs.items()} for one in found.recorded},
-        "tasks": {task: entries([i]) for i, task in enumerate(found.tasks)},
-    }  # fmt: skip
 
 
 def _tables(
@@ -341,35 +290,8 @@ def _tables(
     return found
 
 
-def _entry(placed: Placed, found: Found, numbers: Sequence[int]) -> dict[str, Any]:
-    """Prediction alone; ``numbers``: which tasks."""
-    layers = placed.choice.layers
-    own = [placed.choice.placements[i] for i in numbers]
-    shares = [placed.choice.shares[i] for i in numbers]
-    thresholds = {found.tasks[i]: _thresholds(placed.choice.placements[i], layers) for i in numbers}
-    return {
-        "layers": list(layers),
-        "variant": placed.variant.name,
-        "thresholds": thresholds if len(numbers) > 1 else thresholds[found.tasks[numbers[0]]],
-        "parameters": sum(placed.variant.parameters[layer] for layer in layers),
-        "predicted_speed": len(shares) / sum(shares),
-        "predicted_harm": max(placement.harm for placement in own),
-        "measured_speed": None,
-        "measured_speed_interval": None,
-        "quality": None,
-        "quality_ratio": None,
-        "n": 0,
-    }
-
-
-def _milliseconds(costs: PlacementCosts) -> dict[str, float]:
-    """What the search took for granted, for whoever reads the file."""
-    pieces = {"block": costs.block[1], "exit_transformer": costs.exit_transformer[1]}
-    pieces |= {name: getattr(costs, name) for name in ("exit_head", "head", "token", "segment", "answer")}
-    return {f"{name}_ms": 1e3 * float(seconds) for name, seconds in pieces.items()}
-
-
-def _thresholds(placement: Placement, layers: Sequence[int]) -> list[float]:
+def set_thresholds(placement: Placement, layers: Sequence[int]) -> list[float]:
+    """One threshold per layer, ``OFF`` where the placement does without it."""
     chosen = dict(zip(placement.layers, placement.thresholds, strict=True))
     return [chosen.get(layer, OFF) for layer in layers]
 
@@ -380,11 +302,11 @@ def _point(variant: Variant, choice: Choice, bound: float, tasks: Sequence[str])
         "max_harm": bound,
         "layers": list(choice.layers),
         "thresholds": {
-            task: _thresholds(placement, choice.layers)
+            task: set_thresholds(placement, choice.layers)
             for task, placement in zip(tasks, choice.placements, strict=True)
         },
         "parameters": sum(variant.parameters[layer] for layer in choice.layers),
-        "predicted_speed": 1 / choice.relative_seconds,
+        "predicted_shares": list(choice.shares),
         "harm": max(placement.harm for placement in choice.placements),
     }
 

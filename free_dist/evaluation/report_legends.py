@@ -8,7 +8,7 @@ RESULTS_LEGEND = (
     "whole token sequence equals the full model's. blocks: mean block calls per token, prefill included, an exit "
     "transformer counted as one. layer ratio: all blocks over blocks; it is a count, not a speed. speed: wall-clock "
     "ratio against our own full depth and against Hugging Face generate, end to end from pixels to tokens, same run, "
-    "interleaved sample by sample, sums of times, with a 95% bootstrap interval over samples; above 1 is faster, and "
+    "interleaved sample by sample, sums of times, with a 95% bootstrap interval over images; above 1 is faster, and "
     "the lower of the two counts. Every row is scored on its own n samples. The row marked * is the fastest that "
     "keeps 99% of the quality; it was chosen on the samples it is reported on."
 )
@@ -20,7 +20,7 @@ ROBUSTNESS_LEGEND = (
     'teacher forcing; exit "all" is whole answers with one threshold for all exits, really decoded, by their harm '
     "(lost accuracy; for captions, lost share of CIDEr-D). Thresholds were chosen by Learn then Test, which promises "
     "the loss with high probability for images like those they were chosen on, and nothing elsewhere. Intervals are "
-    "95% bootstrap, over images for ECE and transfer, over samples for the rest."
+    "95% bootstrap over images."
 )
 COSTS_LEGEND = (
     "vision is timed inside the answer; prompt (blocks at the first token), blocks, checks (exit transformers and "

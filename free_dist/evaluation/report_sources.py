@@ -63,7 +63,7 @@ STEPS = (
     Step(
         name="mid-crisis and overthinking",
         file="mid_crisis.json",
-        command="python launch/probe_depth.py {run}",
+        command="python launch/probe_depth.py {run} --fine-tune 80",
         required=("tasks",),
     ),
     Step(

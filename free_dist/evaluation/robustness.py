@@ -28,9 +28,9 @@ from free_dist.atomic import write_atomically
 from free_dist.backbones import Backbone
 from free_dist.config import Recipe, UserError
 from free_dist.data.images import decode_image
-from free_dist.data.samples import Sample, SampleEncoder
+from free_dist.data.samples import Sample, SampleEncoder, image_numbers
 from free_dist.data.stream import required_samples
-from free_dist.evaluation.benchmark import Answer, Arm, exits_arm, full_arm, mean_with_interval, ratio_with_interval
+from free_dist.evaluation.benchmark import Answer, Arm, exits_arm, full_arm, ratio_with_interval
 from free_dist.evaluation.evaluate import SampleResult, answer_samples, task_rows
 from free_dist.evaluation.tasks import TaskScorer
 from free_dist.exits import ExitBank
@@ -136,13 +136,13 @@ def measure_corruptions(
         clean.append(TaskAnswers(task=task, samples=tuple(samples), arms=tuple(arms), results=tuple(untouched)))
         kinds = dict.fromkeys(corruption.kind for corruption in corruptions)
         for kind in kinds:
-            rows += _rows(scorer, Corruption(kind=kind, level=0.0), arms, untouched, backbone.n_blocks)
+            rows += _rows(scorer, Corruption(kind=kind, level=0.0), arms, untouched, samples, backbone.n_blocks)
             for corruption in corruptions:
                 if corruption.kind == kind and corruption.level > 0:
                     spoilt = [corrupted(sample, corruption, seed=seed) for sample in samples]
                     what = f"{task}, {kind} {corruption.level:g}"
                     results = answer_all(backbone, encoder, arms, spoilt, what=what, quiet=quiet)
-                    rows += _rows(scorer, corruption, arms, results, backbone.n_blocks)
+                    rows += _rows(scorer, corruption, arms, results, samples, backbone.n_blocks)
     return rows, clean
 
 
@@ -161,12 +161,14 @@ def answer_all(
 
 
 def _rows(
-    scorer: TaskScorer, corruption: Corruption, arms: Sequence[Arm], results: Sequence[SampleResult], n_blocks: int
+    scorer: TaskScorer,
+    corruption: Corruption,
+    arms: Sequence[Arm],
+    results: Sequence[SampleResult],
+    samples: Sequence[Sample],
+    n_blocks: int,
 ) -> Iterable[dict[str, Any]]:
-    references = [result.references for result in results]
-    for i, row in enumerate(task_rows(scorer.task.name, arms, results, n_blocks=n_blocks, scorer=scorer)):
-        score = scorer.score([result.texts[i] or "" for result in results], references)
-        _, interval = mean_with_interval(score.per_sample)
+    for row in task_rows(scorer.task.name, arms, results, n_blocks=n_blocks, samples=samples, scorer=scorer):
         yield {
             "task": scorer.task.name,
             "kind": corruption.kind,
@@ -175,14 +177,14 @@ def _rows(
             "threshold": row.threshold,
             "quality_name": row.extras["quality_name"],
             "quality": row.quality,
-            "quality_interval": interval,
+            "quality_interval": row.extras["quality_interval"],
             "quality_full": row.quality_full,
             "agreement": row.agreement,
             "speed": row.wall_ratio,
             "speed_interval": row.extras["wall_ratio_interval"],
             "mean_blocks": row.mean_blocks,
             "n": row.n,
-        } | score.tokenizer
+        } | {name: value for name, value in row.extras.items() if name == "tokenizer"}
 
 
 def length_rows(clean: Sequence[TaskAnswers], *, eos_token_id: int) -> list[dict[str, Any]]:
@@ -193,11 +195,11 @@ def length_rows(clean: Sequence[TaskAnswers], *, eos_token_id: int) -> list[dict
     full depth and a ``ratio`` below 1."""
     rows = []
     for task in clean:
-        full = task.answers(0)
+        full, images = task.answers(0), image_numbers(task.samples)
         for i, arm in enumerate(task.arms):
             own = task.answers(i)
             lengths, lengths_full = [[float(len(a.tokens)) for a in answers] for answers in (own, full)]
-            ratio, interval = ratio_with_interval(lengths, lengths_full)
+            ratio, interval = ratio_with_interval(lengths, lengths_full, images)
             left = [
                 (layer, token == eos_token_id)
                 for a in own

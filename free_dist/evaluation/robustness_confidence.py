@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from free_dist.backbones import Backbone
 from free_dist.config import Recipe
-from free_dist.data.samples import IGNORE, SampleEncoder
+from free_dist.data.samples import IGNORE, SampleEncoder, image_numbers
 from free_dist.data.stream import required_samples
 from free_dist.decoding.calibrate import calibrate
 from free_dist.decoding.policy import MaxProbPolicy
@@ -87,7 +87,7 @@ def record_opinions(
     """Ask every exit about every answer token of at most ``max_samples`` samples; raises ConfigError where there are
     none."""
     samples = required_samples(recipe.data, split, task, max_samples=max_samples)
-    numbers: dict[bytes, int] = {}
+    numbers = image_numbers(samples)
     device = next(backbone.parameters()).device
     parts: list[tuple[NDArray[np.int64], Floats, NDArray[np.bool_], NDArray[np.bool_]]] = []
     for first in range(0, len(samples), batch_size):
@@ -100,11 +100,10 @@ def record_opinions(
         said = [MaxProbPolicy.measure(bank.logits_of(i, one).float()) for i, one in enumerate(exits)]
         said.append(MaxProbPolicy.measure(backbone.lm_head(features.final[kept]).float()))
         tokens = torch.stack([columns for columns, _ in said], dim=1)
-        places = [numbers.setdefault(sample.image, len(numbers)) for sample in chunk]
         rows = kept.nonzero()[:, 0].tolist()
         parts.append(
             (
-                np.array([places[row] for row in rows], dtype=np.int64),
+                np.array([numbers[first + row] for row in rows], dtype=np.int64),
                 np.array([confidences for _, confidences in said], dtype=np.float64).T,
                 (tokens == targets[:, None]).cpu().numpy(),
                 (tokens == tokens[:, -1:]).cpu().numpy(),
@@ -294,9 +293,8 @@ def answer_transfer_rows(
         scores = [
             np.array(scorer.score([r.texts[i] or "" for r in results], references).per_sample) for i in range(len(arms))
         ]
-        numbers: dict[bytes, int] = {}
-        images = np.array([numbers.setdefault(sample.image, len(numbers)) for sample in task.samples])
-        units = [images == number for number in range(len(numbers))]
+        images = np.array(image_numbers(task.samples))
+        units = [images == number for number in np.unique(images)]
         losses = {
             value: harm(scores[0], scores[1 + i], relative=task.task == "caption") for i, value in enumerate(distinct)
         }

@@ -120,7 +120,7 @@ class RankingRow:
     metrics: dict[str, float | int | None]
     """ndcg, mrr, r@1, r@5, r@10 (0..1), mean_rank, and n, n_ndcg: how many samples had what these ask for."""
     mrr_interval: tuple[float, float] | None
-    """95% bootstrap interval over samples, as the next."""
+    """95% bootstrap interval over images, as the next."""
     ndcg_interval: tuple[float, float] | None
     best_agreement: float
     """Share of samples whose best candidate is the full model's."""

@@ -17,6 +17,7 @@ import torch
 
 from free_dist.backbones import Instruction
 from free_dist.config import ConfigError
+from free_dist.data.samples import image_numbers
 from free_dist.data.stream import required_samples
 from free_dist.evaluation.arms import Contestant, Split, hugging_face, ours
 from free_dist.evaluation.benchmark import Prompted, median_with_interval
@@ -137,7 +138,8 @@ def benchmark_task(
     # Compiled programs are made when a shape first occurs, which must not happen under the clock: shapes depend on the answers.
     warmup = 2 if model.runners is None else len(prompts)
     answers, times = timed(natural, prompts, rounds=amounts.rounds, warmup=warmup, deadline=until("natural"))
-    rows = time_rows(natural, times, task=task, length="natural")
+    images = image_numbers(samples)
+    rows = time_rows(natural, times, task=task, length="natural", images=images)
     texts = [[model.encoder.decode(answer.tokens) for answer in row] for row in answers]
     references = [sample.references for sample in samples[: len(answers)]]
     scorer = TaskScorer(task, model.recipe.evaluation, only_quality=True)
@@ -150,7 +152,8 @@ def benchmark_task(
     _, fixed_times = timed(
         fixed, prompts[: amounts.fixed_samples], rounds=amounts.rounds, warmup=warmup, deadline=until("fixed")
     )
-    fixed_rows = time_rows(fixed, fixed_times, task=task, length=f"forced, {amounts.fixed_tokens} tokens")
+    length = f"forced, {amounts.fixed_tokens} tokens"
+    fixed_rows = time_rows(fixed, fixed_times, task=task, length=length, images=images)
     batched = [arm for arm in natural if arm.arm.method in ("full", *LOSSY)]
     _, batch_times = timed(batched, _in_batches(prompts, amounts.batches), rounds=3, deadline=until("batch"))
     batch_rows = time_rows(batched, batch_times, task=task, length="natural", batch_size=BATCH)

@@ -113,7 +113,7 @@ class TaskScorer:
 
         Raises ConfigError for an unknown task, and UserError or MissingPackageError where its metrics cannot run.
         """
-        self.task = find_task(task)
+        self.task, self.only_quality = find_task(task), only_quality
         self._score: Callable[[Sequence[str], References], Score] = self.task.score
         if task == "caption" and settings is not None:
             suite = CaptionSuite.of(replace(settings, caption_metrics=[]) if only_quality else settings)

@@ -99,7 +99,13 @@ class AlarmRules:
         recent = self._recent.get(name, ())
         return tuple(recent) if len(recent) == self._config.window else ()
 
+    def _remedy(self) -> str:
+        """What helps exits that are driven too hard; the adversarial loss is only blamed where there is one."""
+        is_adversarial = any(name.startswith("discriminator_accuracy") for name in self._recent)
+        return f"lower {'loss.adversarial_weight or ' if is_adversarial else ''}the learning rates"
+
     def _mode_collapse(self) -> Iterator[tuple[str, str, str]]:
+        remedy = self._remedy()
         for k in self._exits:
             near, full = self._window(f"cosine_to_nearest_exit/exit_{k}"), self._window(f"cosine_to_full/exit_{k}")
             if near and full and min(near) > self._config.collapse_cosine and max(full) < min(near) - GAP:
@@ -107,7 +113,7 @@ class AlarmRules:
                     "mode_collapse",
                     f"cosine {k}",
                     f"exit {k} gives the features of another exit (cosine {min(near):.3f}) and not the full model's "
-                    f"({max(full):.3f}): lower loss.adversarial_weight or the learning rates",
+                    f"({max(full):.3f}): {remedy}",
                 )
             for name, what in (("feature_rank_ratio", "directions"), ("token_entropy_ratio", "variety of tokens")):
                 ratio = self._window(f"{name}/exit_{k}")
@@ -116,7 +122,7 @@ class AlarmRules:
                         "mode_collapse",
                         f"{name} {k}",
                         f"exit {k} has {max(ratio):.3f} of the full model's {what}: it says the same of every input; "
-                        "lower loss.adversarial_weight or the learning rates",
+                        f"{remedy}",
                     )
 
     def _discriminator(self) -> Iterator[tuple[str, str, str]]:
@@ -187,8 +193,8 @@ class AlarmRules:
                 yield (
                     "forgetting",
                     name,
-                    f"{name} rose to {median(kl):.2f} from {least:.2f}: the exit moves away from the full model; lower the "
-                    "learning rates or loss.adversarial_weight",
+                    f"{name} rose to {median(kl):.2f} from {least:.2f}: the exit moves away from the full model; "
+                    f"{self._remedy()}",
                 )
 
     def _calibration(self) -> Iterator[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""Banks with exits after many blocks, trained once below a run directory, for whoever wants to compare blocks.
+"""What is trained once below a run directory for whoever compares blocks: banks with exits after many, a fine-tuned copy.
 
 Such a bank trains all its exits in one run, each on its own loss: exits share nothing that is trained, so every subset of them is
 a bank that could have been trained alone, but for the gradient clipping, which is over all of them.  Does not know what banks are
@@ -8,18 +8,23 @@ compared for.
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from free_dist.config import Recipe, UserError
+from free_dist.config import FinetuneConfig, Recipe, UserError
 from free_dist.recipe_io import load_recipe, positive_integer
-from free_dist.training.run_directory import RECIPE
-from free_dist.training.runs import add_launch_arguments, train_once
+from free_dist.training.run_directory import CHECKPOINTS, RECIPE, differing_fields
+from free_dist.training.runs import add_launch_arguments, run_recipe, train_once
+from free_dist.training.stage1_run import SETTINGS as STAGE1_SETTINGS
 
 BANKS = "placement"
 """Directory of the banks below a run's."""
+TUNED = "tuned"
+"""Directory of the fine-tuning run below a run's; the copy is its ``backbone``."""
 BANK_STEPS = 150
 """Training steps of a bank with exits after all blocks."""
 
@@ -61,8 +66,8 @@ def train_bank(
 ) -> Path:
     """The export of exits after ``layers``, trained for ``steps`` steps in ``RUN/placement/NAME`` unless it is there already.
 
-    ``script`` is launch/train.py; ``adversarial``: with the recipe's discriminators, or without any.  Raises what
-    :func:`~free_dist.training.runs.train_once` raises.
+    ``script`` is launch/train.py; ``adversarial``: with the recipe's discriminators, or without any.  An interrupted training
+    goes on; a finished one keeps no checkpoints.  Raises what :func:`~free_dist.training.runs.train_once` raises.
     """
     from free_dist.backbones.embedded import resolve_backbone
 
@@ -71,7 +76,7 @@ def train_bank(
         run_dir=str(Path(recipe.run_dir) / BANKS / name),
         exits=replace(recipe.exits, exit_layers=list(layers), variant=variant),
         loss=replace(recipe.loss, adversarial_weight=recipe.loss.adversarial_weight if adversarial else 0.0),
-        training=replace(recipe.training, max_steps=steps, warmup_steps=None, sample_every=0, save_every=0),
+        training=replace(recipe.training, max_steps=steps, warmup_steps=None, sample_every=0),
     )
     say(f"exits after {len(layers)} blocks, {name}, {steps} steps")
     started = time.perf_counter()
@@ -79,5 +84,33 @@ def train_bank(
         part, script=script, ds_config=ds_config, num_processes=num_processes,
         backbone=resolve_backbone(recipe.backbone.path),
     )  # fmt: skip
+    shutil.rmtree(export.parent / CHECKPOINTS, ignore_errors=True)
     say(f"reusing {export}" if reused else f"trained in {time.perf_counter() - started:.0f} s")
     return export
+
+
+def fine_tuned_copy(recipe: Recipe, *, steps: int, script: Path, say: Callable[[str], None]) -> Path:
+    """A copy of the backbone whose language model was trained on the recipe's tasks by LoRA for ``steps`` steps, made once.
+
+    The directory is ``RUN/tuned/backbone``; ``script`` is launch/finetune.py.  An interrupted training goes on; a finished one
+    keeps no checkpoints.  Raises UserError when it fails, or when the directory holds another run.
+    """
+    run_dir = Path(recipe.run_dir) / TUNED
+    part = replace(
+        recipe,
+        run_dir=str(run_dir),
+        training=replace(recipe.training, max_steps=steps, warmup_steps=None, sample_every=0),
+        finetune=FinetuneConfig(train=["lora"], learning_rate=5e-4, batch_size=32, eval_every=0),
+    )
+    copy = run_dir / "backbone"
+    say(f"fine-tuned copy of the backbone, LoRA, {steps} steps")
+    if (copy / "config.json").is_file() and not differing_fields(load_recipe(run_dir / RECIPE), part, STAGE1_SETTINGS):
+        say(f"reusing {copy}")
+        return copy
+    started = time.perf_counter()
+    code = run_recipe(part, [sys.executable, script])
+    if code:
+        raise UserError(f"fine-tuning in {run_dir} ended with code {code}: see its messages above")
+    shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+    say(f"trained in {time.perf_counter() - started:.0f} s")
+    return copy

@@ -46,7 +46,7 @@ from free_dist.training.checkpoint_files import (
     step_directory,
     unfinished,
 )
-from free_dist.training.checkpoint_state import Pieces, engine_facts, pieces, restore
+from free_dist.training.checkpoint_state import EngineState, Pieces
 from free_dist.training.random_state import random_state, set_random_state
 from free_dist.training.run_directory import SAMPLES, forget_log_after
 from free_dist.training.sample_log import SampleLog
@@ -103,7 +103,7 @@ class Checkpoints:
         """``engines``: those that train, by name; ``tasks``: weights of the stream's tasks; ``backbone``: hash of the frozen
         weights, which are not stored; ``facts``: what else the manifest shall say, for JSON."""
         self._directory = directory
-        self._engines = engines
+        self._engines = {name: EngineState(name, engine) for name, engine in engines.items()}
         self._world = world
         self._training = training
         self._rows = rows_per_step
@@ -113,7 +113,8 @@ class Checkpoints:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[FileRecord | None] | None = None
         self._saving: dict[str, Any] | None = None
-        self._loss = torch.zeros(2, dtype=torch.float64, device=world.device)
+        self._random = random_state()
+        self._losses: list[Tensor] = []
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -148,7 +149,7 @@ class Checkpoints:
             raise UserError(f"{found.path} holds the engines {', '.join(manifest['engines'])}: choose another run_dir")
         with Pieces(found.path, [record["name"] for record in manifest["files"]]) as stored:
             for name, engine in self._engines.items():
-                restore(name, engine, manifest["engines"][name], stored)
+                engine.restore(manifest["engines"][name], stored)
         step = int(manifest["step"])
         rank = self._world.rank
         if manifest["world_size"] == self._world.size:
@@ -171,9 +172,8 @@ class Checkpoints:
         ``last``: no step follows, so the save is waited for.  Raises UserError when a rank could not write.
         """
         self._advance()
-        loss = loss.detach().double()
-        finite = torch.isfinite(loss)
-        self._loss += torch.stack([torch.where(finite, loss, 0.0), finite.double()])
+        if self._training.save_every:
+            self._losses.append(loss.detach())
         if self.is_due(step, last=last):
             self.save(step)
             if last or not self._training.save_in_background:
@@ -182,11 +182,19 @@ class Checkpoints:
     def save(self, step: int) -> None:
         """Start to save what is known after ``step``; waits for the save before, if that is not done."""
         self.finish()
-        total, count = all_reduce_sum(self._loss).tolist()
-        self._loss.zero_()
-        tensors = {RANDOM + name: state for name, state in random_state().items()}
-        for name, engine in self._engines.items():
-            tensors |= pieces(name, engine)
+        losses = (
+            torch.stack(self._losses).double()
+            if self._losses
+            else torch.zeros(0, dtype=torch.float64, device=self._world.device)
+        )
+        self._losses.clear()
+        finite = torch.isfinite(losses).double()
+        total, count = all_reduce_sum(torch.stack([losses.nan_to_num(0, 0, 0).sum(), finite.sum()])).tolist()
+        for name, state in random_state().items():
+            self._random[name].copy_(state)  # a snapshot is short when its tensors are always the same ones
+        tensors = {RANDOM + name: state for name, state in self._random.items()}
+        for engine in self._engines.values():
+            tensors |= engine.pieces()
         self._snapshot.take(tensors)
         self._saving = {
             "format": FORMAT,
@@ -194,12 +202,16 @@ class Checkpoints:
             "world_size": self._world.size,
             "rows_per_step": self._rows,
             "score": total / count if count else None,
-            "stream": self.position(step).to_dict(),
             **self._belongs,
-            "engines": {name: engine_facts(engine) for name, engine in self._engines.items()},
+            "engines": {name: engine.facts() for name, engine in self._engines.items()},
         }
         path = unfinished(step_directory(self._directory, step)) / rank_file(self._world.rank)
         self._job = self._threads.submit(self._snapshot.write, path)
+
+    def _publish(self, final: Path, manifest: dict[str, Any]) -> None:
+        stream = {"stream": self.position(manifest["step"]).to_dict()}
+        keep = {"keep_last": self._training.keep_last, "keep_best": self._training.keep_best}
+        publish(final, manifest | stream, **keep)
 
     def position(self, step: int) -> StreamState:
         """Where the data stream stands after ``step`` steps."""
@@ -241,8 +253,7 @@ class Checkpoints:
         self._saving = None
         if self._world.is_main:
             final = step_directory(self._directory, manifest["step"])
-            keep = {"keep_last": self._training.keep_last, "keep_best": self._training.keep_best}
-            self._job = self._threads.submit(publish, final, manifest, **keep)
+            self._job = self._threads.submit(self._publish, final, manifest)
         else:
             self._job = Future()
             self._job.set_result(None)

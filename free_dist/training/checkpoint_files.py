@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ FORMAT = 1
 
 CHUNK = 16 * 2**20
 """Bytes that are written and hashed at once."""
+
+GAP = 4096
+"""Bytes between two tensors of one storage that are copied along rather than made a reason to copy twice."""
 
 DTYPES = {
     torch.float64: "F64",
@@ -60,49 +63,61 @@ class FileRecord:
 
 
 class Snapshot:
-    """Copies of tensors in the host's memory, laid out as the file will be; one buffer, kept from one save to the next.
+    """Copies of tensors in the host's memory; one buffer, kept from one save to the next.
 
-    The buffer doubles the memory of what is saved, but a fresh one would cost several times the copying at every save.
+    Training waits for the copy, so what it costs matters: many named tensors are stretches of a few flat ones, and memory is
+    copied flat by flat.  What each name gets is cut from the copy while the file is written.  The buffer doubles the memory of
+    what is saved, but a fresh one would cost several times the copying at every save.
     """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._taken: dict[str, tuple[Tensor, int]] = {}  # the tensors that ``_runs`` cover, and where their values lay
+        self._runs: list[Tensor] = []
+        self._entries: list[_Entry] = []
         self._header = b""
 
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the tensors as they are now, from whatever device; the former snapshot is lost."""
-        # The format wants no holes; with large elements first every tensor is aligned all the same.
-        named = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-        total = sum(tensor.nbytes for _, tensor in named)
-        on_gpu = any(tensor.is_cuda for _, tensor in named)
-        if self._buffer.nbytes != total:
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=on_gpu)
-        header: dict[str, Any] = {}
-        place = 0
-        for name, tensor in named:
-            part = self._buffer[place : place + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            part.copy_(tensor.detach(), non_blocking=True)
-            header[name] = {
-                "dtype": DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [place, place + tensor.nbytes],
-            }
-            place += tensor.nbytes
-        if on_gpu:
+        """Copy contiguous tensors as they are now, from whatever device; the former snapshot is lost.
+
+        The same tensors as the last time, at the same places, cost little more than the copying.
+        """
+        known = self._taken
+        same = len(tensors) == len(known) and all(
+            name in known and known[name][0] is tensor and known[name][1] == tensor.data_ptr()
+            for name, tensor in tensors.items()
+        )
+        if not same:
+            self._lay_out(tensors)
+        first = 0
+        for run in self._runs:
+            self._buffer[first : first + run.nbytes].copy_(run, non_blocking=True)
+            first += run.nbytes
+        if self._buffer.is_pinned():
             torch.cuda.synchronize()
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so the data is aligned in the file too
-        self._header = len(text).to_bytes(8, "little") + text
+
+    def _lay_out(self, tensors: Mapping[str, Tensor]) -> None:
+        named = {name: tensors[name] for name in sorted(tensors)}
+        self._runs, places = _runs(list(named.values()))
+        self._taken = {name: (tensor, tensor.data_ptr()) for name, tensor in named.items()}
+        total = sum(run.nbytes for run in self._runs)
+        if self._buffer.nbytes != total:
+            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=any(run.is_cuda for run in self._runs))
+        entries = [
+            (name, tensor.dtype, tensor.shape, place)
+            for (name, tensor), place in zip(named.items(), places, strict=True)
+        ]
+        # The format wants no holes; with large elements first every tensor is aligned all the same.
+        entries.sort(key=lambda entry: (-entry[1].itemsize, entry[3]))
+        self._entries, self._header = entries, _header(entries)
 
     def write(self, path: Path) -> FileRecord:
         """Write and fsync the file; raises OSError, and leaves nothing then.  Holds Python's lock for moments only."""
         digest, size = hashlib.sha256(), 0
-        data = self._buffer.numpy().data
-        parts = [memoryview(self._header), *(data[first : first + CHUNK] for first in range(0, len(data), CHUNK))]
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(path, "wb", buffering=0) as file:
-                for part in parts:
+                for part in self._parts():
                     digest.update(part)
                     size += len(part)
                     while len(part):
@@ -112,6 +127,70 @@ class Snapshot:
             path.unlink(missing_ok=True)
             raise
         return FileRecord(name=path.name, bytes=size, sha256=digest.hexdigest())
+
+    def _parts(self) -> Iterator[memoryview]:
+        """The file's bytes in order: header and tensors, in few pieces, as each takes Python's lock."""
+        yield memoryview(self._header)
+        data = self._buffer.numpy().data
+        begin = end = 0
+        for _, dtype, shape, place in [*self._entries, ("", torch.uint8, torch.Size([0]), -1)]:
+            if place != end or end - begin >= CHUNK:
+                for first in range(begin, end, CHUNK):
+                    yield data[first : min(first + CHUNK, end)]
+                begin = end = place
+            end += shape.numel() * dtype.itemsize
+
+
+_Entry = tuple[str, torch.dtype, torch.Size, int]
+"""A tensor's name, type and shape, and where its bytes begin in the buffer."""
+
+
+def _header(entries: list[_Entry]) -> bytes:
+    """What stands in a safetensors file before the tensors' bytes, which follow each other in this order."""
+    table: dict[str, Any] = {}
+    end = 0
+    for name, dtype, shape, _ in entries:
+        begin, end = end, end + shape.numel() * dtype.itemsize
+        table[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so the data is aligned in the file too
+    return len(text).to_bytes(8, "little") + text
+
+
+def _runs(tensors: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Bytes, each a flat view, that hold all ``tensors``, and where in them, one after another, each tensor begins.
+
+    Tensors that lie in one storage, one behind the other but for small gaps (DeepSpeed pads), share a run.  The order of runs is
+    that of the first tensor in each.
+    """
+    spans = []
+    for index, tensor in enumerate(tensors):
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"a snapshot is of contiguous tensors; one has strides {tensor.stride()} for shape {tensor.shape}"
+            )
+        storage = tensor.untyped_storage()
+        first = int(tensor.storage_offset()) * tensor.element_size()
+        spans.append((storage.data_ptr(), first, first + tensor.nbytes, index, storage))
+    spans.sort(key=lambda span: span[:3])
+    groups: list[list[Any]] = []  # of spans that share a run
+    behind, lies_in = 0, -1
+    for span in spans:
+        if span[0] != lies_in or span[1] > behind + GAP:
+            groups.append([])
+            behind, lies_in = span[2], span[0]
+        groups[-1].append(span)
+        behind = max(behind, span[2])
+    views, places, before = [], [0] * len(tensors), 0
+    for group in sorted(groups, key=lambda group: min(span[3] for span in group)):
+        begin, end = group[0][1], max(span[2] for span in group)
+        for span in group:
+            places[span[3]] = before + span[1] - begin
+        storage = group[0][4]
+        flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+        views.append(flat.set_(storage, begin, (end - begin,), (1,)))
+        before += end - begin
+    return views, places
 
 
 def step_directory(directory: Path, step: int) -> Path:

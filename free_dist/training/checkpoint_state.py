@@ -8,7 +8,7 @@ parameters are never stored.  Knows engines; does not know where the files lie.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,6 @@ from typing import Any
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -36,36 +30,82 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 """What an engine counts."""
 
 
-def pieces(name: str, engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    """Everything this rank holds of the engine called ``name``: key -> flat tensor; a view where that is possible.
+class EngineState:
+    """The state of one engine, ``name`` in keys and messages.  What never changes is looked up once: a save is short."""
 
-    At the end of an optimizer step.  Raises UserError for an optimizer whose state is not one number per weight.
-    """
-    kinds, _ = _kinds(engine)
-    return {
-        f"{name}/{kind}/{parameter_name}@{start}": stretch
-        for parameter_name, parameter in _trained(engine)
-        for kind in (WEIGHT, *kinds)
-        for start, stretch in [_held(engine, parameter, kind)]
-        if stretch is not None
-    }
+    def __init__(self, name: str, engine: DeepSpeedEngine) -> None:
+        self._name = name
+        self._engine = engine
+        self._trained = [(key, value) for key, value in engine.module.named_parameters() if value.requires_grad]
+        self._shapes = {key: list(full_shape(parameter)) for key, parameter in self._trained}
+        self._pieces: dict[str, Tensor] = {}
+        self._pieces_at: dict[int, int] | None = None
 
+    def pieces(self) -> dict[str, Tensor]:
+        """Everything this rank holds: key -> flat tensor, a view of the engine's own.
 
-def engine_facts(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """What is the same on every rank, for JSON: counters, schedule, the optimizer's settings, the parameters' shapes."""
-    kinds, scalars = _kinds(engine)
-    schedule = engine.lr_scheduler.state_dict()
-    return {
-        "counters": {name: int(getattr(engine, name)) for name in COUNTERS},
-        "schedule": {key: value for key, value in schedule.items() if key != "lr_lambdas"},
-        "groups": [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in engine.basic_optimizer.param_groups
-        ],
-        "kinds": kinds,
-        "scalars": scalars,
-        "shapes": {name: list(full_shape(parameter)) for name, parameter in _trained(engine)},
-    }
+        At the end of an optimizer step.  Raises UserError for an optimizer whose state is not one number per weight.
+        """
+        kinds, _ = _kinds(self._engine)
+        at = _addresses(self._engine, kinds)
+        if self._pieces_at != at:
+            self._pieces = {
+                f"{self._name}/{kind}/{parameter_name}@{start}": stretch
+                for parameter_name, parameter in self._trained
+                for start, stretches in [_held(self._engine, parameter, (WEIGHT, *kinds))]
+                for kind, stretch in stretches.items()
+            }
+            views = all(stretch.untyped_storage().data_ptr() in at for stretch in self._pieces.values())
+            self._pieces_at = at if views else None
+        return dict(self._pieces)
+
+    def facts(self) -> dict[str, Any]:
+        """What is the same on every rank, for JSON: counters, schedule, the optimizer's settings, the parameters' shapes."""
+        engine = self._engine
+        kinds, scalars = _kinds(engine)
+        schedule = engine.lr_scheduler.state_dict()
+        return {
+            "counters": {name: int(getattr(engine, name)) for name in COUNTERS},
+            "schedule": {key: value for key, value in schedule.items() if key != "lr_lambdas"},
+            "groups": [
+                {key: value for key, value in group.items() if key != "params"}
+                for group in engine.basic_optimizer.param_groups
+            ],
+            "kinds": kinds,
+            "scalars": scalars,
+            "shapes": self._shapes,
+        }
+
+    def restore(self, facts: Mapping[str, Any], stored: Pieces) -> None:
+        """Put an engine that was just built where the one was that gave ``facts`` and the pieces; all ranks call it.
+
+        Raises UserError when it trains other parameters.
+        """
+        engine, shapes = self._engine, self._shapes
+        if shapes != facts["shapes"]:
+            names = shapes.keys() | facts["shapes"].keys()
+            other = sorted(key for key in names if shapes.get(key) != facts["shapes"].get(key))
+            raise UserError(
+                f"the checkpoint's engine of the {self._name} trains other parameters ({other[0]}, one of {len(other)}): "
+                "choose another run_dir"
+            )
+        if _is_sharded(engine):
+            engine.optimizer.checkpoint_event_prologue()
+        for flat in _flat_partitions(engine):
+            state = engine.basic_optimizer.state[flat]
+            state.update({kind: torch.zeros_like(flat) for kind in facts["kinds"]})
+            state.update({key: _scalar(value) for key, value in facts["scalars"].items()})
+        for parameter_name, parameter in self._trained:
+            start, stretches = _held(engine, parameter, (WEIGHT, *facts["kinds"]))
+            for kind, stretch in stretches.items():
+                values = stored.read(f"{self._name}/{kind}/{parameter_name}", start, stretch.numel())
+                stretch.copy_(values)
+        _copy_to_parameters(engine)
+        for group, values in zip(engine.basic_optimizer.param_groups, facts["groups"], strict=True):
+            group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in values.items()})
+        engine.lr_scheduler.load_state_dict({**facts["schedule"], "lr_lambdas": [None] * len(facts["groups"])})
+        for counter in COUNTERS:
+            setattr(engine, counter, facts["counters"][counter])
 
 
 class Pieces:
@@ -103,42 +143,6 @@ class Pieces:
         if missing or result is None:
             raise UserError(f"the checkpoint lacks {missing} elements of {whole}: it belongs to other modules")
         return result
-
-
-def restore(name: str, engine: DeepSpeedEngine, facts: Mapping[str, Any], stored: Pieces) -> None:
-    """Put an engine that was just built where the one was that gave ``facts`` and the pieces; all ranks call it.
-
-    Raises UserError when it trains other parameters.
-    """
-    shapes = {parameter_name: list(full_shape(parameter)) for parameter_name, parameter in _trained(engine)}
-    if shapes != facts["shapes"]:
-        names = shapes.keys() | facts["shapes"].keys()
-        other = sorted(key for key in names if shapes.get(key) != facts["shapes"].get(key))
-        raise UserError(
-            f"the checkpoint's engine of the {name} trains other parameters ({other[0]}, one of {len(other)}): "
-            "choose another run_dir"
-        )
-    if _is_sharded(engine):
-        engine.optimizer.checkpoint_event_prologue()
-    for flat in _flat_partitions(engine):
-        state = engine.basic_optimizer.state[flat]
-        state.update({kind: torch.zeros_like(flat) for kind in facts["kinds"]})
-        state.update({key: _scalar(value) for key, value in facts["scalars"].items()})
-    for parameter_name, parameter in _trained(engine):
-        for kind in (WEIGHT, *facts["kinds"]):
-            start, stretch = _held(engine, parameter, kind)
-            if stretch is not None:
-                _put(engine, parameter, kind, stored.read(f"{name}/{kind}/{parameter_name}", start, stretch.numel()))
-    _copy_to_parameters(engine)
-    for group, values in zip(engine.basic_optimizer.param_groups, facts["groups"], strict=True):
-        group.update({key: tuple(v) if isinstance(group.get(key), tuple) else v for key, v in values.items()})
-    engine.lr_scheduler.load_state_dict({**facts["schedule"], "lr_lambdas": [None] * len(facts["groups"])})
-    for counter in COUNTERS:
-        setattr(engine, counter, facts["counters"][counter])
-
-
-def _trained(engine: DeepSpeedEngine) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
 
 
 def _is_sharded(engine: DeepSpeedEngine) -> bool:
@@ -180,46 +184,46 @@ def _kinds(engine: DeepSpeedEngine) -> tuple[list[str], dict[str, list[Any]]]:
     return kinds, scalars
 
 
+def _addresses(engine: DeepSpeedEngine, kinds: Iterable[str]) -> dict[int, int]:
+    """Where the flat tensors lie of which this rank's pieces are stretches: address of the memory -> its bytes."""
+    flats = _flat_partitions(engine)
+    states = (engine.basic_optimizer.state.get(flat, {}) for flat in flats)
+    tensors = [*flats, *(state[kind] for state in states for kind in kinds if kind in state)]
+    return {(storage := tensor.untyped_storage()).data_ptr(): int(storage.nbytes()) for tensor in tensors}
+
+
 def _scalar(stored: list[Any]) -> Any:
     value, dtype = stored
     return torch.tensor(value, dtype=getattr(torch, dtype)) if dtype else value
 
 
-def _held(engine: DeepSpeedEngine, parameter: Any, kind: str) -> tuple[int, Tensor | None]:
-    """(first element, values) of the stretch of a parameter that this rank holds; None where it holds nothing."""
+def _held(engine: DeepSpeedEngine, parameter: Any, kinds: Iterable[str]) -> tuple[int, dict[str, Tensor]]:
+    """(first element, kind -> values) of the stretch of a parameter that this rank holds; no values where it holds nothing."""
     if _is_sharded(engine):
-        whole = _local(parameter, kind)
-        start = dist.get_rank(parameter.ds_process_group) * whole.numel()
-        count = min(whole.numel(), parameter.ds_numel - start)  # the last rank's stretch is padded
-        return (start, whole[:count]) if count > 0 else (0, None)
+        whole = {kind: _local(engine, parameter, kind) for kind in kinds}
+        length = whole[WEIGHT].numel()
+        start = dist.get_rank(parameter.ds_process_group) * length
+        count = min(length, parameter.ds_numel - start)  # the last rank's stretch is padded
+        return (start, {kind: values[:count] for kind, values in whole.items()}) if count > 0 else (0, {})
     mapping = parameter._hp_mapping
     if mapping is None:
-        return 0, None
+        return 0, {}
     # Not through the mapping's own table of optimizer states: DeepSpeed fills it when only the first group has any.
     flat = _flat_partitions(engine)[mapping.param_group_index]
-    source = flat if kind == WEIGHT else engine.basic_optimizer.state[flat][kind]
+    state = engine.basic_optimizer.state.get(flat, {})
     place = mapping.get_hp_fragment_address()
-    return mapping.lp_fragment_address.start, source.detach().narrow(0, place.start, place.numel)
+    return mapping.lp_fragment_address.start, {
+        kind: (flat if kind == WEIGHT else state[kind]).detach().narrow(0, place.start, place.numel) for kind in kinds
+    }
 
 
-def _put(engine: DeepSpeedEngine, parameter: Any, kind: str, values: Tensor) -> None:
-    if not _is_sharded(engine):
-        stretch = _held(engine, parameter, kind)[1]
-        assert stretch is not None
-        stretch.copy_(values)
-        return
-    whole = _local(parameter, kind).clone()
-    whole[: values.numel()] = values
-    if kind == WEIGHT:
-        safe_set_local_fp32_param(parameter, whole)
-    else:
-        safe_set_local_optimizer_state(parameter, whole, kind)
-
-
-def _local(parameter: nn.Parameter, kind: str) -> Tensor:
-    if kind == WEIGHT:
-        return safe_get_local_fp32_param(parameter)
-    return safe_get_local_optimizer_state(parameter, kind)
+def _local(engine: DeepSpeedEngine, parameter: nn.Parameter, kind: str) -> Tensor:
+    """This rank's partition under ZeRO-3 where it lies, which safe_get_local_fp32_param would copy to the GPU."""
+    key = None if kind == WEIGHT else kind
+    found: tuple[Tensor, int] = engine.optimizer._get_fp32_opt_state_partition(
+        parameter, release_swap_buffers=True, optim_state_key=key
+    )
+    return found[0].detach()
 
 
 def _copy_to_parameters(engine: DeepSpeedEngine) -> None:

@@ -16,17 +16,16 @@ def random_state() -> dict[str, Tensor]:
     """Name -> state: Python's, NumPy's, torch's and, where there is one, the current GPU's."""
     _, words, kept = random.getstate()
     legacy = np.random.get_state(legacy=False)
-    numpy = [*legacy["state"]["key"].tolist(), legacy["state"]["pos"]]
+    numpy = np.append(legacy["state"]["key"], np.uint32(legacy["state"]["pos"]))
     states = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "numpy": torch.tensor(numpy, dtype=torch.int64),
+        # Both generators have words of 32 bits, and files shall be small.
+        "python": torch.from_numpy(np.array(words, dtype=np.uint32).view(np.uint8)),
+        "numpy": torch.from_numpy(numpy.view(np.uint8)),
         "gauss": torch.tensor(
             [kept is not None, kept or NO_GAUSS, legacy["has_gauss"], legacy["gauss"]], dtype=torch.float64
         ),
         "torch": torch.get_rng_state(),
     }
-    # Both generators have words of 32 bits, and files shall be small.
-    states |= {name: states[name].to(torch.uint32).view(torch.uint8) for name in ("python", "numpy")}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states

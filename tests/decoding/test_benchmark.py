@@ -326,6 +326,12 @@ def test_speed_is_told_against_the_fastest_exact_decoder_without_exits() -> None
     assert {row["speedup_over"] for row in rows} == {"hf"}
     assert [row["speedup"] for row in rows[:3]] == pytest.approx([6 / 8, 6 / 4, 1.0])
     assert [row["speedup_over_full"] for row in rows[:3]] == pytest.approx([1.0, 8 / 4, 8 / 6])
+    many = [[4.0] * 20, [1.0, 1.0, 3.0, 3.0] * 5]
+    alone, paired = (
+        time_rows(arms[:2], many, task="vqa", length="natural", images=images)[1]["speedup_interval"]
+        for images in (None, [i // 2 for i in range(20)])
+    )
+    assert paired[1] - paired[0] > 1.2 * (alone[1] - alone[0])
 
 
 def test_quality_is_relative_to_the_full_model_and_layers_are_counted_over_tokens() -> None:

@@ -14,6 +14,7 @@ from free_dist.backbones import Blip2Backbone
 from free_dist.config import EXIT_VARIANTS, DecodingConfig, EvaluationConfig, ExitsConfig, Recipe, UserError
 from free_dist.evaluation.calibration import OFF
 from free_dist.evaluation.placement_plot import placement_picture
+from free_dist.evaluation.placement_result import measure
 from free_dist.evaluation.placement_run import (
     BOUNDS,
     LEVELS,
@@ -21,7 +22,6 @@ from free_dist.evaluation.placement_run import (
     Settings,
     Variant,
     is_adversarial,
-    measure,
     named_sets,
     record,
     search_all,
@@ -75,8 +75,10 @@ def test_a_whole_placement_has_everything_that_is_promised(
             assert len(thresholds) == len(entry["layers"])
             assert set(thresholds) <= {*LEVELS, OFF}
     # Every baseline is searched as the found set is, on fewer blocks or, with more exits than the budget, on other ones.
-    within = [entry for entry in entries if len(entry["layers"]) <= SETTINGS.max_exits]
-    assert all(entry["predicted_speed"] <= content["predicted"]["predicted_speed"] + 1e-9 for entry in within)
+    within = [
+        placed for placed in (found.named | found.drawn).values() if len(placed.choice.layers) <= SETTINGS.max_exits
+    ]
+    assert all(placed.choice.relative_seconds >= found.chosen.choice.relative_seconds - 1e-9 for placed in within)
     assert len(content["predicted"]["layers"]) <= SETTINGS.max_exits
     assert content["predicted"]["predicted_harm"] <= SETTINGS.max_harm
     timed = [entry for entry in entries if entry["measured_speed"] is not None]
@@ -88,6 +90,14 @@ def test_a_whole_placement_has_everything_that_is_promised(
     assert {point["max_harm"] for point in content["points"]} == set(BOUNDS)
     for own in content["tasks"].values():
         assert isinstance(own["predicted"]["thresholds"], list)
+    for number, (task, scale) in enumerate(content["saving_scales"].items()):
+        assert 0.5 <= scale <= 2.0
+        for name, entry in (
+            content["tasks"][task]["baselines"] | {"found": content["tasks"][task]["predicted"]}
+        ).items():
+            placed = ({"found": found.chosen} | found.named | found.drawn)[name]
+            share = placed.choice.shares[number]  # of full depth's time, by the costs alone
+            assert 1 - 1 / entry["predicted_speed"] == pytest.approx(scale * (1 - share)), name
     json.dumps(content, allow_nan=False)
     with Image.open(placement_picture(content, tmp_path / "placement.png")) as picture:
         assert picture.width > 500

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -62,8 +63,10 @@ def test_a_job_that_keeps_asking_gives_up_at_the_cap(cluster, program) -> None:
 
 
 def test_a_task_that_fails_by_itself_ends_the_job_and_the_other_task(cluster, program) -> None:
-    # The other task is asked to stop by srun, and ends with the code of a task that has saved.
-    job = send(cluster, program, f"[[ $SLURM_PROCID = 0 ]] && exit 3; {WAIT}", MAX_RESTARTS="2")
+    # The other task is asked to stop by srun, and ends with the code of a task that has saved.  It is given the time to begin:
+    # srun asks as soon as the first has failed, whether or not the other listens yet.
+    fails = "[[ $SLURM_PROCID != 0 ]] || { until [[ -e $LOG_DIR/started-1 ]]; do sleep 0.05; done; exit 3; }"
+    job = send(cluster, program, f"{fails}; {WAIT}", MAX_RESTARTS="2")
     job.wait_for("FAILED")
     assert job.restarts == 0 and job.field("ExitCode") == "3:0"
     assert lines(job, "signals") == ["TERM at restart 0"]
@@ -97,6 +100,22 @@ def test_preemption_by_a_job_of_more_weight_is_survived(cluster, program) -> Non
     job.wait_for("COMPLETED")
     assert job.restarts == 1 and lines(job, "signals") == ["TERM at restart 0"] * 2
     assert Job(cluster, urgent, job.logs).state == "COMPLETED"
+
+
+def test_a_job_comes_back_while_its_signal_is_still_on_the_way_to_another_node(cluster, program) -> None:
+    # Until node 2 has taken the signal, Slurm calls the job SIGNALING, whatever it is besides.
+    job = send(cluster, program, f"[[ $SLURM_PROCID = 1 ]] && exit 0; {ONCE}")
+    wait(lambda: bool(lines(job, "started-0")) and bool(lines(job, "started-1")), job.told)
+    cluster.run("pkill", "-STOP", "slurmd", on="n2")
+    try:
+        cluster.run("sbatch", "-purgent", "--nodes=3", "--output=/dev/null", "--wrap=sleep 1", "--exclusive")
+        wait(lambda: job.state == "SIGNALING" and "exit code 85" in job.told(), job.told)
+        time.sleep(1)  # by now the script has asked for the state of its job
+        assert job.state == "SIGNALING"
+    finally:
+        cluster.run("pkill", "-CONT", "slurmd", on="n2")
+    job.wait_for("COMPLETED")
+    assert job.restarts == 1 and lines(job, "signals") == ["TERM at restart 0"]
 
 
 def test_only_the_element_of_an_array_that_asks_starts_again_the_last_one_too(cluster, program) -> None:

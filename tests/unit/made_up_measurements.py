@@ -137,7 +137,7 @@ def ablation() -> dict[str, Any]:
         for task in TASKS
         for row in ablation_rows(accuracies, task=task, full=0.99, tokens=500, parameters=sizes)
     ]
-    return {**ABOUT, "command": "python launch/ablate.py --seeds 0 1", "seeds": [0, 1], "changes": {}, "rows": rows}
+    return {**ABOUT, "command": "python launch/ablate.py --seeds 0,1", "seeds": [0, 1], "changes": {}, "rows": rows}
 
 
 def write_all(run: Path) -> None:

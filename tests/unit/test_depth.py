@@ -20,7 +20,7 @@ from free_dist.evaluation.depth import (
     resampled,
     resampled_means,
 )
-from free_dist.evaluation.depth_lens import TunedLens, answer_states, lens_divergence, train_tuned_lens
+from free_dist.evaluation.depth_lens import TunedLens, answer_states, final_log_probs, lens_divergence, train_tuned_lens
 from free_dist.evaluation.depth_reading import LOGIT_LENS, TUNED_LENS, in_batches, read_batch, read_depth
 from free_dist.evaluation.probe import LENS, probe_exits
 from free_dist.exits import ExitBank
@@ -163,7 +163,8 @@ def test_training_the_tuned_lens_lowers_its_divergence_on_tokens_it_has_not_seen
     hidden, final = states("train")
     lens = train_tuned_lens(lively, hidden, final, steps=60)
     plain = TunedLens(lively.n_blocks, lively.hidden_size).requires_grad_(False)
-    unseen, wanted = states("test")
+    unseen, final = states("test")
+    wanted = final_log_probs(lively, final)
     for k in range(1, lively.n_blocks):
         gaps = [float(lens_divergence(lively, one, k, unseen[k - 1], wanted)) for one in (plain, lens)]
         assert 0 < gaps[1] < 0.8 * gaps[0]

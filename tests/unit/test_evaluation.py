@@ -170,9 +170,14 @@ def test_an_interval_over_images_is_that_of_drawing_whole_images_and_wider_where
         mean_with_interval([1.0, 2.0], [0])
 
 
-def test_intervals_of_a_rows_quality_and_of_ranks_are_over_images() -> None:
-    arm = Arm(method="full", threshold=None, decode=lambda *_: Decoded([0], [1], 1))
-    answer = Answer(tokens=(0,), exits=(1,), blocks=1, seconds=1.0)
+def test_intervals_of_a_rows_quality_and_speed_and_of_ranks_are_over_images() -> None:
+    arms = [
+        Arm(method=name, threshold=None, decode=lambda *_: Decoded([0], [1], 1)) for name in ("full", "hf", "exits")
+    ]
+
+    def answer(seconds: float) -> Answer:
+        return Answer(tokens=(0,), exits=(1,), blocks=1, seconds=seconds)
+
     origin = Origin(candidates=("a", "b"), gold=0, relevance=(1.0, 0.0))
 
     def intervals(questions: int) -> list[tuple[float, float]]:
@@ -185,14 +190,18 @@ def test_intervals_of_a_rows_quality_and_of_ranks_are_over_images() -> None:
                     key=f"{i}", task="vqa", image=bytes([i // questions]), turns=(), references=("a",), origin=origin
                 )
             )
-            results.append(SampleResult(index=i, references=("a",), texts=("a" if right else "b",), answers=(answer,)))
+            text, own = "a" if right else "b", answer(1.0 + right)
+            results.append(
+                SampleResult(index=i, references=("a",), texts=(text,) * 3, answers=(answer(1.0), answer(1.0), own))
+            )
             ranks = np.array([[[1, 2] if right else [2, 1]] * 2], dtype=np.int16)
             ranked.append(Ranked(index=i, ranks=ranks, layers=np.ones((1, 3), dtype=np.int64)))
-        (made,) = task_rows("vqa", [arm], results, n_blocks=2, samples=samples)
+        made = task_rows("vqa", arms, results, n_blocks=2, samples=samples)[-1].extras
         reading = Reading("full", None, None)
         ranking = Ranking(task="vqa", readings=(reading,), samples=tuple(samples), ranked=tuple(ranked)).rows()[0]
         assert ranking.mrr_interval is not None and ranking.ndcg_interval is not None
-        return [made.extras["quality_interval"], ranking.mrr_interval, ranking.ndcg_interval]
+        ours = [made[name] for name in ("quality_interval", "wall_ratio_interval", "wall_ratio_hf_interval")]
+        return [*ours, ranking.mrr_interval, ranking.ndcg_interval]
 
     for (low, high), (low_alone, high_alone) in zip(intervals(5), intervals(1), strict=True):
         assert high - low > 1.5 * (high_alone - low_alone)

@@ -92,6 +92,17 @@ def test_alarms_can_be_found_again_from_the_log_of_a_run(tmp_path: Path) -> None
     assert [(alarm.step, alarm.name) for alarm in found] == [(5, "mode_collapse"), (6, "forgetting")]
 
 
+def test_the_adversarial_weight_is_only_blamed_where_there_is_one() -> None:
+    said = []
+    for more in ({}, {"discriminator_accuracy_real/exit_2": 0.5, "discriminator_accuracy_fake/exit_2": 0.5}):
+        rules = AlarmRules(AlarmsConfig(window=1), exit_layers=(2,), total_steps=8)
+        said += [alarm.message for alarm in rules.look(1, {"feature_rank_ratio/exit_2": 0.01} | more)]
+    assert [message.partition("; ")[2] for message in said] == [
+        "lower the learning rates",
+        "lower loss.adversarial_weight or the learning rates",
+    ]
+
+
 def test_one_odd_step_raises_nothing_and_a_failure_is_told_once() -> None:
     rules = AlarmRules(AlarmsConfig(window=3), exit_layers=(2,), total_steps=100)
     ratios = [1.0, 0.01, 1.0, 0.01, 0.01, 0.01, 0.01, 0.01, 1.0, 0.01, 0.01, 0.01]

@@ -295,7 +295,7 @@ def test_steps_of_a_run_that_lies_elsewhere_read_and_write_there_with_its_own_ba
     words = {step.file: shlex.split(run.command(step))[1:] for step in STEPS}
     assert words["comparison.json"] == ["launch/compare.py", str(place)]
     assert words["placement.json"] == ["launch/place_exits.py", str(place)]
-    assert words["mid_crisis.json"] == ["launch/probe_depth.py", str(place)]
+    assert words["mid_crisis.json"] == ["launch/probe_depth.py", str(place), "--fine-tune", "80"]
     assert words["robustness.json"] == ["launch/robustness.py", str(place)]
     assert words["ablation/ablation.json"] == ["launch/ablate.py", f"run_dir={place}/ablation"]
     place.mkdir()
