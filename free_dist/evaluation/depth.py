@@ -2,10 +2,10 @@
 
 *Mid-crisis*: accuracy that falls with depth before it rises again (FREE, arXiv 2506.06884, figure 3).  *Overthinking*: tokens
 that a shallower exit got right and the last layer wrong (Kaya et al. 2019, arXiv 1810.07052).  Works on arrays of hits; does not
-know models or how a block is read.  Intervals are bootstraps over samples, because tokens of one answer are not independent
-draws; that of a dip allows for the dip's having been looked for.
+know models or how a block is read.  Intervals are bootstraps over images, because tokens of one answer, and answers about one
+image, are not independent draws; that of a dip allows for the dip's having been looked for.
 
-Shape letters: K blocks read, N tokens, S samples, R resamples.
+Shape letters: K blocks read, N tokens, I images, R resamples.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class DepthReading:
     task: str
     samples: Integers
     """[N], which sample a token belongs to."""
+    images: Integers
+    """[N], which image that sample is about."""
     full_right: Flags
     """[N], whether the full model's token is the label's."""
     curves: dict[str, Hits]
@@ -69,24 +71,24 @@ def largest_fall(accuracy: Floats) -> tuple[NDArray[np.intp], Floats]:
     return place, np.take_along_axis(falls, place[..., None], axis=-1)[..., 0]
 
 
-def resampled(samples: Integers, *, seed: int = 0, resamples: int = RESAMPLES) -> Floats:
-    """Bootstrap weights of tokens' samples [R, S]: how often each sample was drawn."""
-    n = int(samples.max()) + 1
+def resampled(images: Integers, *, seed: int = 0, resamples: int = RESAMPLES) -> Floats:
+    """Bootstrap weights of tokens' images [R, I]: how often each image was drawn."""
+    n = int(images.max()) + 1
     generator = np.random.default_rng(seed)
     return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
-def resampled_means(hits: Flags, samples: Integers, weights: Floats) -> Floats:
-    """Hits [K, N] and weights [R, S] -> the mean over tokens in every resample [R, K]."""
+def resampled_means(hits: Flags, images: Integers, weights: Floats) -> Floats:
+    """Hits [K, N] and weights [R, I] -> the mean over tokens in every resample [R, K]."""
     n = weights.shape[1]
-    sums = np.stack([np.bincount(samples, weights=row.astype(np.float64), minlength=n) for row in np.atleast_2d(hits)])
-    counts = np.bincount(samples, minlength=n).astype(np.float64)
+    sums = np.stack([np.bincount(images, weights=row.astype(np.float64), minlength=n) for row in np.atleast_2d(hits)])
+    counts = np.bincount(images, minlength=n).astype(np.float64)
     drawn = weights @ counts
     # A resample may hold no token at all where few samples have any.
     return (weights @ sums.T) / np.maximum(drawn, 1.0)[:, None]
 
 
-def dip(hits: Hits, samples: Integers, weights: Floats, *, level: float = 0.95) -> Dip:
+def dip(hits: Hits, images: Integers, weights: Floats, *, level: float = 0.95) -> Dip:
     """Depth and place of a curve's largest fall, with an interval of the depth that allows for its being the largest.
 
     Block and rival are picked on the data that the interval comes from, so a bootstrap of that pair alone would call the largest
@@ -101,7 +103,7 @@ def dip(hits: Hits, samples: Integers, weights: Floats, *, level: float = 0.95) 
         return Dip(hits.layers[place], 0.0, (0.0, 0.0))
     top = int(accuracy[: place + 1].argmax())
     shallow, deep = np.triu_indices(len(accuracy), 1)
-    means = resampled_means(hits.right, samples, weights)
+    means = resampled_means(hits.right, images, weights)
     moved = means[:, shallow] - means[:, deep] - (accuracy[shallow] - accuracy[deep])
     errors = moved.std(axis=0)
     # Blocks that hit the same tokens never differ, in no resample.
@@ -121,10 +123,10 @@ def overthinking(hits: Hits, full_right: Flags, n_blocks: int) -> dict[str, floa
 
 def depth_summary(reading: DepthReading, n_blocks: int, *, seed: int = 0, level: float = 0.95) -> dict[str, Any]:
     """One task of ``mid_crisis.json``."""
-    weights = resampled(reading.samples, seed=seed)
+    weights = resampled(reading.images, seed=seed)
     curves: dict[str, Any] = {}
     for name, hits in reading.curves.items():
-        means = resampled_means(hits.right, reading.samples, weights)
+        means = resampled_means(hits.right, reading.images, weights)
         lows, highs = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
         curves[name] = {
             str(layer): {"accuracy": float(right), "interval": [float(low), float(high)], "agreement": float(agreeing)}
@@ -132,10 +134,11 @@ def depth_summary(reading: DepthReading, n_blocks: int, *, seed: int = 0, level:
                 hits.layers, hits.right.mean(axis=1), hits.agreeing.mean(axis=1), lows, highs, strict=True
             )
         }
-    dips = {name: dip(hits, reading.samples, weights) for name, hits in reading.curves.items()}
+    dips = {name: dip(hits, reading.images, weights) for name, hits in reading.curves.items()}
     return {
         "tokens": reading.tokens,
         "samples": int(reading.samples.max()) + 1,
+        "images": len(np.unique(reading.images)),
         "full_accuracy": float(reading.full_right.mean()),
         "curves": curves,
         "dips": {
@@ -148,7 +151,7 @@ def depth_summary(reading: DepthReading, n_blocks: int, *, seed: int = 0, level:
 
 
 def joined_readings(parts: Sequence[DepthReading]) -> DepthReading:
-    """Readings of batches -> one; samples are numbered on."""
+    """Readings of batches -> one; samples are numbered on, images have one numbering already."""
     first = parts[0]
     offsets = np.cumsum([0, *(int(part.samples.max(initial=-1)) + 1 for part in parts[:-1])])
     curves: Mapping[str, Hits] = {
@@ -162,6 +165,7 @@ def joined_readings(parts: Sequence[DepthReading]) -> DepthReading:
     return DepthReading(
         task=first.task,
         samples=np.concatenate([part.samples + offset for part, offset in zip(parts, offsets, strict=True)]),
+        images=np.concatenate([part.images for part in parts]),
         full_right=np.concatenate([part.full_right for part in parts]),
         curves=dict(curves),
     )

@@ -1,6 +1,6 @@
 """Reads every block of a backbone in several ways on the same tokens, under teacher forcing, token by token.
 
-The counts alone are :mod:`free_dist.evaluation.probe`'s; here every token is kept, for intervals over samples and for asking
+The counts alone are :mod:`free_dist.evaluation.probe`'s; here every token is kept, for intervals over images and for asking
 whether any shallower block had been right.  Does not know statistics or files.
 
 Shape letters: B batch, T positions, N scored positions, L blocks, K exits.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from free_dist.backbones import Backbone
 from free_dist.config import Recipe
-from free_dist.data.samples import Batch, Sample, SampleEncoder
+from free_dist.data.samples import Batch, Sample, SampleEncoder, image_numbers
 from free_dist.data.stream import required_samples, split_samples
 from free_dist.evaluation.depth import DepthReading, Hits, joined_readings
 from free_dist.evaluation.depth_lens import TunedLens
@@ -31,9 +31,15 @@ BATCH = 32
 
 @torch.inference_mode()
 def read_batch(
-    backbone: Backbone, batch: Batch, *, banks: Mapping[str, ExitBank], lens: TunedLens | None = None
+    backbone: Backbone,
+    batch: Batch,
+    images: Sequence[int],
+    *,
+    banks: Mapping[str, ExitBank],
+    lens: TunedLens | None = None,
 ) -> DepthReading:
-    """All readings of one batch: logit lens, tuned lens if there is one, and a curve per bank, by its name."""
+    """All readings of one batch, of whose rows ``images`` numbers the images [B]: logit lens, tuned lens if there is one, and a
+    curve per bank, by its name."""
     features, kept = all_blocks(backbone, batch), scored_positions(backbone, batch)
     targets = batch.targets[kept]
     final = backbone.lm_head(features.final[kept]).argmax(-1)
@@ -47,9 +53,11 @@ def read_batch(
         curves[TUNED_LENS] = hits(every, lens.tokens(backbone, (h[kept] for h in features.exits)))
     for name, bank in banks.items():
         curves[name] = hits(bank.exit_layers, bank_tokens(bank, features, kept))
+    rows = kept.nonzero()[:, 0].cpu().numpy().astype(np.int64)
     return DepthReading(
         task=batch.task,
-        samples=kept.nonzero()[:, 0].cpu().numpy().astype(np.int64),
+        samples=rows,
+        images=np.array(images)[rows],
         full_right=(final == targets).cpu().numpy(),
         curves=curves,
     )
@@ -69,7 +77,12 @@ def read_depth(
     for task in settings.tasks:
         samples = required_samples(recipe.data, settings.split, task, max_samples=settings.max_samples)
         batches = in_batches(encoder, samples, next(backbone.parameters()).device)
-        found.append(joined_readings([read_batch(backbone, batch, banks=banks, lens=lens) for batch in batches]))
+        images = image_numbers(samples)
+        parts = [
+            read_batch(backbone, batch, images[first : first + BATCH], banks=banks, lens=lens)
+            for first, batch in zip(range(0, len(samples), BATCH), batches, strict=True)
+        ]
+        found.append(joined_readings(parts))
     return found
 
 

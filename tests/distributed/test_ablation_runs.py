@@ -79,10 +79,14 @@ def test_a_run_that_fails_is_told_at_once_and_no_further_one_starts(tmp_path: Pa
     recipes = {f"run {i}": replace(recipe, run_dir=str(tmp_path / f"run-{i}")) for i in range(4)}
     script = tmp_path / "fails.py"
     script.write_text(
-        "import sys, time\n"
-        "second = any('run-1.yaml' in word for word in sys.argv)\n"
-        "time.sleep(4 if second else 0)\n"
+        "import pathlib, sys, time\n"
+        f"failed = pathlib.Path({str(tmp_path / 'failed')!r})\n"
+        "if any('run-1.yaml' in word for word in sys.argv):\n"
+        "    while not failed.exists():\n"
+        "        time.sleep(0.1)\n"
+        "    time.sleep(4)\n"
         "print('what went wrong')\n"
+        "failed.touch()\n"
         "sys.exit(3)\n"
     )
     said: list[str] = []

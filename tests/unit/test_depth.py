@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -111,18 +113,21 @@ def test_overthinking_counts_tokens_that_only_the_last_layer_gets_wrong() -> Non
     assert overthinking(other, other.right[2], 3) == {"1": 0.25, "2": 0.25, "any": 0.5}
 
 
-def test_readings_join_with_samples_numbered_on() -> None:
+def test_readings_join_with_samples_numbered_on_and_the_images_as_they_were() -> None:
     one = DepthReading(
         task="vqa",
         samples=np.array([0, 0, 2]),
+        images=np.array([0, 0, 1]),
         full_right=np.array([1, 0, 1], dtype=bool),
         curves={"a": hits([[1, 0, 1]])},
     )
-    joined = joined_readings([one, one])
+    joined = joined_readings([one, replace(one, images=np.array([1, 1, 2]))])
     assert joined.samples.tolist() == [0, 0, 2, 3, 3, 5]
+    assert joined.images.tolist() == [0, 0, 1, 1, 1, 2]
     assert joined.curves["a"].right.tolist() == [[True, False, True] * 2]
     summary = depth_summary(joined, 1)
-    assert summary["tokens"] == 6 and summary["full_accuracy"] == pytest.approx(2 / 3)
+    assert (summary["tokens"], summary["samples"], summary["images"]) == (6, 6, 3)
+    assert summary["full_accuracy"] == pytest.approx(2 / 3)
     row = summary["curves"]["a"]["1"]
     assert row["accuracy"] == pytest.approx(2 / 3) and row["interval"][0] <= row["accuracy"] <= row["interval"][1]
 
@@ -189,6 +194,21 @@ def test_readings_count_to_the_probe_and_cover_every_exit(lively: Blip2Backbone,
 def test_samples_of_a_batch_are_its_rows(lively: Blip2Backbone, tiny_encoder, recipe: Recipe) -> None:
     samples = split_samples(recipe.data, "test", "caption", max_samples=5)
     batch = tiny_encoder.collate(samples)
-    reading = read_batch(lively, batch, banks={})
+    reading = read_batch(lively, batch, [7, 7, 3, 4, 5], banks={})
     own = [len(tiny_encoder._answer(sample.turns[-1])) - 1 for sample in samples]  # without the end of the answer
     assert np.bincount(reading.samples).tolist() == own
+    assert np.bincount(reading.images, minlength=8).tolist() == [0, 0, 0, own[2], own[3], own[4], 0, own[0] + own[1]]
+
+
+def test_intervals_are_over_images(lively: Blip2Backbone, tiny_encoder, recipe: Recipe) -> None:
+    """Answers to many questions about few images say as much as those images do, however many the questions."""
+    reading = read_depth(lively, tiny_encoder, recipe, banks={})[0]
+    assert len(set(reading.images.tolist())) < len(set(reading.samples.tolist()))
+    even = reading.images[None] % 2 == 0
+    alike = replace(reading, curves={"a": Hits((1,), even, even)})
+
+    def width(one: DepthReading) -> float:
+        low, high = depth_summary(one, 1)["curves"]["a"]["1"]["interval"]
+        return high - low
+
+    assert width(alike) > 1.2 * width(replace(alike, images=alike.samples))
