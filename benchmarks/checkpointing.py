@@ -4,7 +4,8 @@
     python benchmarks/checkpointing.py --data data/easyvqa
 
 Turns of --steps adversarial steps with a save after the first, of each kind and of none, in one process.  Prints one JSON line:
-``stall_ratio``, time inside the calls that save, in the background over synchronous, medians over turns; ``turn_ratio``, what a
+``stall_ratio``, time for which the loop waits, for calls that save and before the next optimizer step, in the background over
+synchronous, medians over turns; ``turn_ratio``, what a
 save adds to a whole turn, likewise, which also has what the writing thread takes from training (on a free core, nothing);
 ``bytes_over_trained``, the checkpoint's bytes over those of what is trained, weights and optimizer.
 """
@@ -76,14 +77,12 @@ def measure(arguments: argparse.Namespace, directory: Path, world: World) -> dic
     turns: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for turn in range(arguments.turns + 1):
         for kind in KINDS[turn % 3 :] + KINDS[: turn % 3]:
-            began, stall = time.perf_counter(), 0.0
+            began, stalled = time.perf_counter(), savers[kind].stalled
             for place, batch in enumerate(fixed):
                 loss = adversarial_step(engines, batch, recipe.loss)["task_loss"].mean()
-                start = time.perf_counter()
                 savers[kind].after_step((turn + 1) * arguments.steps + place, loss, last=False)
-                stall += time.perf_counter() - start
             turns[kind].append(time.perf_counter() - began)
-            stalls[kind].append(stall)
+            stalls[kind].append(savers[kind].stalled - stalled)
             savers[kind].finish()  # what a short turn left to write
     stall_of, turn_of = ({kind: statistics.median(found[kind][1:]) for kind in KINDS} for found in (stalls, turns))
     size = sum(path.stat().st_size for path in (directory / "background").rglob("*") if path.is_file())

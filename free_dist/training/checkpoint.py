@@ -7,15 +7,18 @@
             ...
             checkpoints.after_step(step, loss, last=...)   saves when a save is due
 
-A save copies what this rank holds into the host's memory and returns; a thread writes the file while training goes on.  When all
-ranks' files are on disk, which ranks learn from each other once per step, rank 0 writes the manifest and gives the directory its
-name.  At most one save is under way.  Knows engines and ranks; does not know what is trained.
+A save notes what this rank holds and returns; a thread copies that within the host's memory and writes the file while training
+goes on.  The next optimizer step, the first thing that changes it, waits for the copy.  When all ranks' files are on disk, which
+ranks learn from each other once per step, rank 0 writes the manifest and gives the directory its name.  At most one save is
+under way.  Knows engines and ranks; does not know what is trained.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import random
+import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -112,9 +115,16 @@ class Checkpoints:
         self._snapshot = Snapshot()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[FileRecord | None] | None = None
+        self._copied = threading.Event()
+        self._copied.set()
+        self._hooks = [
+            engine.basic_optimizer.register_step_pre_hook(self._wait_for_copy) for engine in engines.values()
+        ]
         self._saving: dict[str, Any] | None = None
         self._random = random_state()
         self._losses: list[Tensor] = []
+        self.stalled = 0.0
+        """Seconds for which saves have held up the loop so far."""
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -128,6 +138,8 @@ class Checkpoints:
         finally:
             # After an error other ranks may be gone: the file is finished, but nobody agrees on a manifest.
             self._threads.shutdown(wait=True)
+            for hook in self._hooks:
+                hook.remove()
 
     def restore(self, found: Found | None) -> int:
         """Put engines and random numbers where the checkpoint left them; returns the number of steps done.
@@ -171,6 +183,7 @@ class Checkpoints:
         ``loss``: this rank's, a scalar whose mean over ranks is the step's; the mean since the last save ranks checkpoints.
         ``last``: no step follows, so the save is waited for.  Raises UserError when a rank could not write.
         """
+        began = time.perf_counter()
         self._advance()
         if self._training.save_every:
             self._losses.append(loss.detach())
@@ -178,6 +191,7 @@ class Checkpoints:
             self.save(step)
             if last or not self._training.save_in_background:
                 self.finish()
+        self.stalled += time.perf_counter() - began
 
     def save(self, step: int) -> None:
         """Start to save what is known after ``step``; waits for the save before, if that is not done."""
@@ -191,11 +205,12 @@ class Checkpoints:
         finite = torch.isfinite(losses).double()
         total, count = all_reduce_sum(torch.stack([losses.nan_to_num(0, 0, 0).sum(), finite.sum()])).tolist()
         for name, state in random_state().items():
-            self._random[name].copy_(state)  # a snapshot is short when its tensors are always the same ones
+            # Now, for they go on at once; and into tensors that are always the same, with which choosing is short.
+            self._random[name].copy_(state)
         tensors = {RANDOM + name: state for name, state in self._random.items()}
         for engine in self._engines.values():
             tensors |= engine.pieces()
-        self._snapshot.take(tensors)
+        self._snapshot.choose(tensors)
         self._saving = {
             "format": FORMAT,
             "step": step,
@@ -206,7 +221,28 @@ class Checkpoints:
             "engines": {name: engine.facts() for name, engine in self._engines.items()},
         }
         path = unfinished(step_directory(self._directory, step)) / rank_file(self._world.rank)
-        self._job = self._threads.submit(self._snapshot.write, path)
+        self._copied.clear()
+        if not self._snapshot.is_of_host:
+            self._copy()  # in the order of this thread's work on the device, and fast
+        self._job = self._threads.submit(self._store, path)
+
+    def _store(self, path: Path) -> FileRecord:
+        if not self._copied.is_set():
+            self._copy()
+        return self._snapshot.write(path)
+
+    def _copy(self) -> None:
+        try:
+            self._snapshot.copy()
+        finally:
+            self._copied.set()
+
+    def _wait_for_copy(self, *_step: object) -> None:
+        """Before an optimizer changes what a save still has to copy."""
+        if not self._copied.is_set():
+            began = time.perf_counter()
+            self._copied.wait()
+            self.stalled += time.perf_counter() - began
 
     def _publish(self, final: Path, manifest: dict[str, Any]) -> None:
         stream = {"stream": self.position(manifest["step"]).to_dict()}

@@ -65,30 +65,38 @@ class FileRecord:
 class Snapshot:
     """Copies of tensors in the host's memory; one buffer, kept from one save to the next.
 
-    Training waits for the copy, so what it costs matters: many named tensors are stretches of a few flat ones, and memory is
-    copied flat by flat.  What each name gets is cut from the copy while the file is written.  The buffer doubles the memory of
-    what is saved, but a fresh one would cost several times the copying at every save.
+    Whoever changes the tensors waits for the copy, so what it costs matters: many named tensors are stretches of a few flat
+    ones, and memory is copied flat by flat.  What each name gets is cut from the copy while the file is written.  The buffer
+    doubles the memory of what is saved, but a fresh one would cost several times the copying at every save.
     """
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._taken: dict[str, tuple[Tensor, int]] = {}  # the tensors that ``_runs`` cover, and where their values lay
+        self._chosen: dict[str, tuple[Tensor, int]] = {}  # the tensors that ``_runs`` cover, and where their values lay
         self._runs: list[Tensor] = []
         self._entries: list[_Entry] = []
         self._header = b""
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy contiguous tensors as they are now, from whatever device; the former snapshot is lost.
+    def choose(self, tensors: Mapping[str, Tensor]) -> None:
+        """What the next :meth:`copy` copies: contiguous tensors, on whatever device; the former snapshot is lost.
 
-        The same tensors as the last time, at the same places, cost little more than the copying.
+        The same tensors as the last time, at the same places, cost next to nothing.
         """
-        known = self._taken
+        known = self._chosen
         same = len(tensors) == len(known) and all(
             name in known and known[name][0] is tensor and known[name][1] == tensor.data_ptr()
             for name, tensor in tensors.items()
         )
         if not same:
             self._lay_out(tensors)
+
+    @property
+    def is_of_host(self) -> bool:
+        """Whether all that was chosen lies in the host's memory, so that any thread can copy it without a device's order."""
+        return not any(run.is_cuda for run in self._runs)
+
+    def copy(self) -> None:
+        """Copy the chosen tensors as they are now."""
         first = 0
         for run in self._runs:
             self._buffer[first : first + run.nbytes].copy_(run, non_blocking=True)
@@ -99,10 +107,10 @@ class Snapshot:
     def _lay_out(self, tensors: Mapping[str, Tensor]) -> None:
         named = {name: tensors[name] for name in sorted(tensors)}
         self._runs, places = _runs(list(named.values()))
-        self._taken = {name: (tensor, tensor.data_ptr()) for name, tensor in named.items()}
+        self._chosen = {name: (tensor, tensor.data_ptr()) for name, tensor in named.items()}
         total = sum(run.nbytes for run in self._runs)
         if self._buffer.nbytes != total:
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=any(run.is_cuda for run in self._runs))
+            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=not self.is_of_host)
         entries = [
             (name, tensor.dtype, tensor.shape, place)
             for (name, tensor), place in zip(named.items(), places, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import statistics
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -223,11 +224,68 @@ def test_a_checkpoint_holds_what_is_trained_and_hardly_more(tmp_path: Path) -> N
 
 
 def test_a_save_keeps_the_loop_waiting_for_a_tenth_of_its_cost(tmp_path: Path) -> None:
-    """In processor time, which other programs do not lengthen; the disk's own time comes on top of a whole save."""
+    """In processor time of the loop's thread, which other programs do not lengthen; what the next step may wait for the copy is
+    measured by benchmarks/checkpointing.py."""
     (result,) = run_ranks(1, saved_engine, tmp_path, [1, 2, 3, 4, 5, 6], {"save_every": 1}, 2500, 0)
     assert not all(result["was_done"]), "the loop waited for the file"
     stalls, whole = zip(*result["took"][1:], strict=True)  # the first one allocates the buffer
     assert statistics.median(stalls) <= 0.1 * statistics.median(whole)
+
+
+def saved_before_the_next_step(directory: Path, sections: dict[str, Any]) -> dict[str, Any]:
+    """Save after a step with a copy that comes long after the next step could have been taken, and take that."""
+    from safetensors.torch import load_file
+
+    from free_dist.ds_config import rows_per_step
+    from free_dist.training.accumulation import train_step
+    from free_dist.training.checkpoint import RANDOM, Checkpoints
+    from free_dist.training.checkpoint_files import rank_file, step_directory
+    from free_dist.training.checkpoint_state import EngineState
+
+    world, engines = this_world(), scene.engines(sections)
+    trained = {"exits": engines.exits, "discriminators": engines.discriminators}
+    checkpoints = Checkpoints(
+        directory, trained, world=world, training=TrainingConfig(save_every=1),
+        rows_per_step=rows_per_step(sections, world.size), tasks={"vqa": 1.0}, backbone="", facts={},
+    )  # fmt: skip
+    copy, gate = checkpoints._snapshot.copy, threading.Event()
+
+    def late_copy() -> None:
+        gate.wait()
+        copy()
+
+    def step(number: int) -> dict[str, torch.Tensor]:
+        batch = scene.batch(number, rank=world.rank, world_size=world.size)
+        train_step(engines, [batch], LOSS, cost=CostConfig(), measure=False)
+        states = [EngineState(name, engine).pieces() for name, engine in trained.items()]
+        return {key: value.clone() for pieces in states for key, value in pieces.items()}
+
+    checkpoints._snapshot.copy = late_copy  # type: ignore[method-assign]
+    with checkpoints:
+        wanted = step(1)
+        checkpoints.after_step(1, torch.tensor(0.0), last=False)
+        returned = not checkpoints.is_idle
+        threading.Timer(1.0, gate.set).start()
+        later, stalled = step(2), checkpoints.stalled
+    saved = load_file(step_directory(directory, 1) / rank_file(world.rank))
+    return {
+        "returned": returned,
+        "stalled": stalled,
+        "names": {name for name in saved if not name.startswith(RANDOM)} == wanted.keys(),
+        "moved": not any(torch.equal(value, later[name]) for name, value in wanted.items()),
+        "equal": all(torch.equal(value, saved[name]) for name, value in wanted.items()),
+    }
+
+
+@pytest.mark.parametrize(("stage", "bf16", "size"), [(1, False, 1), (1, True, 2), (2, False, 2), (3, False, 2)])
+def test_the_next_step_waits_until_what_it_changes_has_been_copied(
+    stage: int, bf16: bool, size: int, tmp_path: Path
+) -> None:
+    sections = scene.sections(stage=stage, bf16=bf16, world_size=size)
+    for result in run_ranks(size, saved_before_the_next_step, tmp_path, sections):
+        assert result["returned"], "the loop waited for the copy"
+        assert result["moved"] and result["names"] and result["equal"]
+        assert result["stalled"] > 0.05, "what the step waited is not counted"
 
 
 @pytest.mark.fault

@@ -21,7 +21,8 @@ from tests.parity.committed import PUBLISHED, REFERENCE, Reference, read_referen
 
 pytestmark = pytest.mark.parity
 
-TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+"""Float32 on another processor: sums in another order."""
 N_TOKENS = 8
 SIDE_ENVIRONMENT = Path(__file__).parents[2] / ".venv-lavis"
 SCRIPT = Path(__file__).with_name("make_lavis_reference.py")
