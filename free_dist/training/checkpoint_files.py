@@ -93,7 +93,7 @@ class Snapshot:
     @property
     def is_of_host(self) -> bool:
         """Whether all that was chosen lies in the host's memory, so that any thread can copy it without a device's order."""
-        return not any(run.is_cuda for run in self._runs)
+        return all(run.device.type == "cpu" for run in self._runs)
 
     def copy(self) -> None:
         """Copy the chosen tensors as they are now."""
@@ -110,7 +110,7 @@ class Snapshot:
         self._chosen = {name: (tensor, tensor.data_ptr()) for name, tensor in named.items()}
         total = sum(run.nbytes for run in self._runs)
         if self._buffer.nbytes != total:
-            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=not self.is_of_host)
+            self._buffer = torch.empty(total, dtype=torch.uint8, pin_memory=any(run.is_cuda for run in self._runs))
         entries = [
             (name, tensor.dtype, tensor.shape, place)
             for (name, tensor), place in zip(named.items(), places, strict=True)
