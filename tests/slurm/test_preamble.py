@@ -51,7 +51,7 @@ def test_the_signal_before_the_time_limit_reaches_every_task_and_the_job_starts_
     # Whoever ends first makes srun end the other one, so the first waits until the other has been asked too.
     asked = 'echo "USR1 at restart ${SLURM_RESTART_COUNT:-0}" >>"$LOG_DIR/signals"'
     both = 'until (( $(wc -l <"$LOG_DIR/signals") == 2 )); do sleep 0.05; done'
-    patient = f"trap '{asked}; {both}; exit 85' USR1; {ONCE}"
+    patient = f"trap 'trap : TERM; {asked}; {both}; exit 85' USR1; {ONCE}"
     job = send(cluster, program, patient, "a b", options=("--time=2", "--signal=USR1@75"))
     job.wait_for("COMPLETED")
     assert job.restarts == 1
