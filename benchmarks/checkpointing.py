@@ -4,10 +4,10 @@
     python benchmarks/checkpointing.py --data data/easyvqa
 
 Turns of --steps adversarial steps with a save after the first, of each kind and of none, in one process.  Prints one JSON line:
-``stall_ratio``, time for which the loop waits, for calls that save and before the next optimizer step, in the background over
-synchronous, medians over turns; ``turn_ratio``, what a
-save adds to a whole turn, likewise, which also has what the writing thread takes from training (on a free core, nothing);
-``bytes_over_trained``, the checkpoint's bytes over those of what is trained, weights and optimizer.
+``stall_ratio``, time for which the loop waits, in calls that save and before the next optimizer step, in the background over
+synchronous, medians over turns; ``turn_ratio``, what a save adds to a whole turn, likewise, which also has what the writing
+thread takes from training (on a free core, nothing); ``bytes_over_trained``, the checkpoint's bytes over those of what is
+trained, weights and optimizer.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def resampled_means(hits: Flags, images: Integers, weights: Floats) -> Floats:
     sums = np.stack([np.bincount(images, weights=row.astype(np.float64), minlength=n) for row in np.atleast_2d(hits)])
     counts = np.bincount(images, minlength=n).astype(np.float64)
     drawn = weights @ counts
-    # A resample may hold no token at all where few samples have any.
+    # A resample may hold no token at all where few images have any.
     return (weights @ sums.T) / np.maximum(drawn, 1.0)[:, None]
 
 

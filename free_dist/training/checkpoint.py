@@ -221,28 +221,25 @@ class Checkpoints:
             "engines": {name: engine.facts() for name, engine in self._engines.items()},
         }
         path = unfinished(step_directory(self._directory, step)) / rank_file(self._world.rank)
-        self._copied.clear()
-        if not self._snapshot.is_of_host:
-            self._copy()  # in the order of this thread's work on the device, and fast
-        self._job = self._threads.submit(self._store, path)
+        if self._snapshot.is_of_host:
+            self._copied.clear()
+            self._job = self._threads.submit(self._copy_and_write, path)
+        else:
+            self._snapshot.copy()  # in the order of this thread's work on the device, and fast
+            self._job = self._threads.submit(self._snapshot.write, path)
 
-    def _store(self, path: Path) -> FileRecord:
-        if not self._copied.is_set():
-            self._copy()
-        return self._snapshot.write(path)
-
-    def _copy(self) -> None:
+    def _copy_and_write(self, path: Path) -> FileRecord:
         try:
             self._snapshot.copy()
         finally:
             self._copied.set()
+        return self._snapshot.write(path)
 
     def _wait_for_copy(self, *_step: object) -> None:
         """Before an optimizer changes what a save still has to copy."""
-        if not self._copied.is_set():
-            began = time.perf_counter()
-            self._copied.wait()
-            self.stalled += time.perf_counter() - began
+        began = time.perf_counter()
+        self._copied.wait()
+        self.stalled += time.perf_counter() - began
 
     def _publish(self, final: Path, manifest: dict[str, Any]) -> None:
         stream = {"stream": self.position(manifest["step"]).to_dict()}

@@ -48,7 +48,8 @@ def lines(job: Job, name: str) -> list[str]:
 
 def test_the_signal_before_the_time_limit_reaches_every_task_and_the_job_starts_again(cluster, program) -> None:
     # Slurm looks every half minute and signals up to that much too early: 15 to 45 seconds after the start.
-    # Whoever ends first makes srun end the other one, so the first waits until the other has been asked too.
+    # Whoever ends first makes srun end the other one by TERM, so the first waits until the other has been asked too, which then
+    # takes no notice of TERM.
     asked = 'echo "USR1 at restart ${SLURM_RESTART_COUNT:-0}" >>"$LOG_DIR/signals"'
     both = 'until (( $(wc -l <"$LOG_DIR/signals") == 2 )); do sleep 0.05; done'
     patient = f"trap 'trap : TERM; {asked}; {both}; exit 85' USR1; {ONCE}"
