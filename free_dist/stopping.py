@@ -30,8 +30,18 @@ NOTHING, BY_SCHEDULER, BY_PERSON = 0, 1, 2
 """Who asked, ordered by who wins: Ctrl-C reaches a launcher too, which then sends SIGTERM."""
 
 
-class Interrupted(Exception):
-    """The program was asked to stop before its end; whatever it keeps is saved."""
+AGAIN = 1.0
+"""Seconds after which a program that stops where the signal finds it is asked again.
+
+Python drops what is raised while it calls back for a weak reference or destroys an object, and a library may catch everything.
+"""
+
+
+class Interrupted(BaseException):
+    """The program was asked to stop before its end; whatever it keeps is saved.
+
+    No Exception, as KeyboardInterrupt is none: whoever catches all errors of a piece of work must not catch this one.
+    """
 
     def __init__(self, message: str = "", *, joint: bool = True) -> None:
         """``joint``: whether every rank raises it at the same place."""
@@ -44,6 +54,7 @@ class Interrupted(Exception):
 @dataclass
 class _Request:
     interrupts: int = 0
+    first: int = 0
     asked: int = NOTHING
     agreed: int = NOTHING
     handlers: dict[int, object] = field(default_factory=dict)
@@ -57,7 +68,10 @@ class StopSignals:
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
-        """``at_once``: raise Interrupted where the signal finds the program, which has nothing to save."""
+        """``at_once``: raise Interrupted where the signal finds the program, which has nothing to save.
+
+        It is raised once more every ``AGAIN`` seconds, by SIGALRM, until :meth:`hear` is called or the block is left.
+        """
         self._at_once = at_once
         self._request = _Request()
         self._is_inner = False
@@ -73,6 +87,7 @@ class StopSignals:
 
     def __exit__(self, *_exception: object) -> None:
         if not self._is_inner:
+            self.hear()
             for number, handler in self._request.handlers.items():
                 signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -83,7 +98,19 @@ class StopSignals:
         is_first = self._request.asked == NOTHING
         self._request.asked = max(self._request.asked, BY_PERSON if number == signal.SIGINT else BY_SCHEDULER)
         if self._at_once and is_first:
-            raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command starts over", joint=False)
+            self._request.first = number
+            signal.signal(signal.SIGALRM, self._raise)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+            self._raise()
+
+    def _raise(self, *_signal: object) -> None:
+        name = signal.Signals(self._request.first).name
+        raise Interrupted(f"stopped by {name}; the same command starts over", joint=False)
+
+    def hear(self) -> None:
+        """Interrupted has arrived: raise it no more."""
+        if self._request.first:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     @property
     def asked(self) -> bool:
@@ -108,6 +135,7 @@ def stop_clearly(*, at_once: bool = False) -> Iterator[StopSignals]:
         try:
             yield stop
         except Interrupted as reached:
+            stop.hear()
             _ignore_scheduler()
             if reached.is_told:
                 sys.stdout.write(f"\n{reached}\n")

@@ -110,6 +110,42 @@ def test_a_program_that_keeps_nothing_ends_at_once_in_one_line(name: str, code: 
     assert finished.stdout == f"\nstopped by {name}; the same command starts over\n"
 
 
+SWALLOWED = """
+import os, signal, time, weakref
+from free_dist.stopping import stop_clearly
+
+class Held:
+    pass
+
+def ask(*_):
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+def in_a_callback():
+    held = Held()
+    reference = weakref.ref(held, ask)
+    del held
+
+def where_everything_is_caught():
+    try:
+        ask()
+    except BaseException:
+        pass
+
+with stop_clearly(at_once=True):
+    {where}()
+    time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize("where", ["in_a_callback", "where_everything_is_caught"])
+def test_a_program_that_keeps_nothing_ends_where_its_stop_was_swallowed_first(where: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-c", SWALLOWED.format(where=where)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert finished.returncode == REQUEUE, finished.stderr
+    assert finished.stdout == "\nstopped by SIGUSR1; the same command starts over\n"
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, tiny_tokenizer) -> Path:
     directory = tmp_path_factory.mktemp("start")

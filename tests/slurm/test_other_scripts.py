@@ -48,8 +48,8 @@ def test_an_evaluation_that_is_cut_off_starts_again_and_counts_what_one_process_
         "evaluation.timing_samples=0",
         "evaluation.tasks=[vqa]",
     )
-    # Many thresholds, so that it lasts until the signal comes.
-    sweep = f"evaluation.thresholds={[round(0.05 * i, 2) for i in range(1, 16)]}"
+    # Many thresholds, so that it lasts until the signal comes and is heard.
+    sweep = f"evaluation.thresholds={[round(0.03 * i, 2) for i in range(1, 32)]}"
     run_dir = trained.directory.parent / "evaluated"
     run = Run(recipe=replace(trained.recipe, run_dir=str(run_dir)), arguments=(*shared, sweep, f"run_dir={run_dir}"))
     job = submit(cluster, "slurm/evaluate.sh", *run.arguments, logs=run_dir.parent / "logs-evaluate")
