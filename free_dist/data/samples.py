@@ -372,7 +372,11 @@ class SampleEncoder:
         return self.encode_answer(turn.answer)
 
     def _encoded(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if self.layout.image_token_id in ids:
+            # A text that names the placeholder, as LLaVA's data does, has no further image to put there: it is read as letters.
+            ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
 
     def _check_length(self, length: int) -> None:
         if length > self.max_length:

@@ -8,6 +8,7 @@ depth, the Q-Former is neither as wide as the vision tower nor as the language m
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,9 @@ def overrides(name: str) -> list[str]:
     return PROMPTS.get(name.split("-")[0], [])
 
 
-def _trained(
-    model: Any, pre_tokenizer: Any, trainer: Any, texts: Sequence[str], normalizer: Any = None
-) -> dict[str, Any]:
+def _trained(model: Any, pre_tokenizer: Any, trainer: Any, texts: Sequence[str]) -> dict[str, Any]:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizer
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
     tokenizer.train_from_iterator(texts, trainer)
     return json.loads(tokenizer.to_str())["model"]
 
@@ -115,30 +112,34 @@ def llama_tokenizer(texts: Sequence[str], **special: Any) -> PreTrainedTokenizer
 
 
 def t5_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """Unigram; texts end with ``</s>``."""
+    """Unigram; texts end with ``</s>``.
+
+    Its own trainer adds up in the order of a hash map, so that scores differ from process to process: the pieces are those of
+    BPE, and what BPE joined earlier is the likelier piece.
+    """
     found = _trained(
-        models.Unigram(),
+        models.BPE(),
         pre_tokenizers.Metaspace(prepend_scheme="always"),
-        trainers.UnigramTrainer(
-            vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=117, show_progress=False),
         texts,
     )
-    return T5Tokenizer(vocab=[tuple(entry) for entry in found["vocab"]], extra_ids=2)
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = [(piece, -2.0 - index / 20) for piece, index in found["vocab"].items()]
+    return T5Tokenizer(vocab=special + pieces, extra_ids=2)
 
 
 def qformer_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerBase:
-    """BERT's WordPiece."""
-    found = _trained(
-        models.WordPiece(unk_token="[UNK]"),
-        pre_tokenizers.BertPreTokenizer(),
-        trainers.WordPieceTrainer(
-            vocab_size=120, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
-        ),
-        texts,
-        normalizers.BertNormalizer(),
-    )
-    return BertTokenizer(vocab=found["vocab"])
+    """BERT's WordPiece: characters, at the beginning of a word and within, and the commonest words.
+
+    Its trainer breaks ties by a hash map's order, so that the vocabulary differs from process to process: counted here.
+    """
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    characters = sorted({character for word in counts for character in word})
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))[:40]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *characters, *(f"##{character}" for character in characters), *words]
+    return BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
 
 
 def opt_text(vocab_size: int) -> PreTrainedConfig:

@@ -85,15 +85,30 @@ def row_ids(checkpoint: Any, batch: Batch) -> list[list[int]]:
     return [checkpoint.encoder.encode_text(found[key].turns)[0] for key in batch.keys]
 
 
-@torch.no_grad()
 def generated(
     checkpoint: Any, model: PreTrainedModel, sample: Any, *, max_new_tokens: int, **options: Any
 ) -> list[int]:
     """New tokens of ``generate`` for one sample, alone in its batch."""
+    return _generate(checkpoint, model, sample, max_new_tokens=max_new_tokens, **options)[0]
+
+
+def generated_with_logits(
+    checkpoint: Any, model: PreTrainedModel, sample: Any, *, max_new_tokens: int, **options: Any
+) -> tuple[list[int], Tensor]:
+    """:func:`generated`, and the logits that each greedy token was chosen by, float32 [N, V]."""
+    tokens, logits = _generate(checkpoint, model, sample, max_new_tokens=max_new_tokens, output_logits=True, **options)
+    return tokens, torch.cat(logits).float()
+
+
+@torch.no_grad()
+def _generate(
+    checkpoint: Any, model: PreTrainedModel, sample: Any, *, max_new_tokens: int, **options: Any
+) -> tuple[list[int], Any]:
     encoder, layout = checkpoint.encoder, checkpoint.backbone.layout
     pixels = encoder.encode_image(sample.image)[None].to(model.dtype)
     ids = torch.tensor([encoder.encode_prompt(sample.turns)])
     options |= {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": layout.pad_token_id}
+    options |= {"return_dict_in_generate": True}
     instruction = encoder.encode_instructions([sample.turns])
     if instruction is not None:
         options |= {"qformer_input_ids": instruction.input_ids, "qformer_attention_mask": instruction.mask.long()}
@@ -103,6 +118,8 @@ def generated(
         # Without ids transformers returns the new tokens alone.
         embedded = torch.cat([images, text], dim=1)
         mask = torch.ones(embedded.shape[:2], dtype=torch.long)
-        return model.language_model.generate(inputs_embeds=embedded, attention_mask=mask, **options)[0].tolist()
-    tokens = model.generate(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0]
-    return tokens[1 if checkpoint.has_encoder else ids.shape[1] :].tolist()
+        found, start = model.language_model.generate(inputs_embeds=embedded, attention_mask=mask, **options), 0
+    else:
+        found = model.generate(pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        start = 1 if checkpoint.has_encoder else ids.shape[1]
+    return found.sequences[0, start:].tolist(), found.logits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from checkpoints import IMAGE_CLOSING, IMAGE_OPENING, INSTRUCTED, QUERIES
@@ -83,6 +85,20 @@ def test_minigpt4_reads_the_segments_around_the_image_as_its_authors_tokenise_th
     assert tokenizer.encode(before)[0] == tokenizer.bos_token_id
     prompt = checkpoint.data.question_prompt.format(question=question)
     assert checkpoint.encoder.encode_prompt([Turn(prompt=prompt, answer="")]) == wanted
+
+
+@torch.no_grad()
+def test_a_text_that_names_the_placeholder_of_images_is_letters(checkpoint) -> None:
+    turns = [Turn(prompt="<image>\nwhat color is the circle?", answer="a <image> of red")]
+    sample = replace(checkpoint.samples("vqa", 1)[0], turns=tuple(turns))
+    batch = checkpoint.encoder.collate([sample])
+    assert (batch.input_ids == checkpoint.backbone.layout.image_token_id).sum() == QUERIES
+    assert not (batch.targets == checkpoint.backbone.layout.image_token_id).any()
+    states = checkpoint.backbone(
+        batch.pixel_values, batch.image_index, batch.input_ids, exit_layers=(), decoder_ids=batch.decoder_ids,
+        instruction=batch.instruction,
+    )  # fmt: skip
+    assert states.final.isfinite().all()
 
 
 def test_rows_line_up_with_targets_in_every_layout(checkpoint) -> None:

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 import torch
-from hugging_face import generated, load_reference
+from hugging_face import generated, generated_with_logits, load_reference
 
-from free_dist.backbones import Instruction
+from free_dist.backbones import Blip2Backbone, Instruction
 from free_dist.data.pretrained import load_pretrained
 from free_dist.decoding import generate
 from free_dist.exits import ExitBank
@@ -110,26 +110,34 @@ def test_bfloat16_tokens_are_the_most_likely_ones_of_hugging_face_up_to_rounding
     found = generate(backbone, None, **asked, max_new_tokens=NEW_TOKENS, eos_token_id=-1)
     same = 0
     for row, sample in zip(found, samples, strict=True):
-        theirs = generated(checkpoint, model, sample, max_new_tokens=NEW_TOKENS, eos_token_id=-1)
+        theirs, rounded = generated_with_logits(checkpoint, model, sample, max_new_tokens=NEW_TOKENS, eos_token_id=-1)
         first = next(
             (n for n, pair in enumerate(zip(row.tokens, theirs, strict=True)) if len(set(pair)) > 1), NEW_TOKENS
         )
         same += first
-        if first == NEW_TOKENS:
-            continue
-        # The two texts part where transformers itself cannot tell the two tokens apart.
-        told = checkpoint.encoder.encode_instructions([sample.turns])
-        ids, answer = checkpoint.encoder.encode_prompt(sample.turns), theirs[:first]
-        start = backbone.layout.decoder_start_token_id
-        read = {"input_ids": torch.tensor([[*ids, *answer]])}
-        if start is not None:
-            read = {"input_ids": torch.tensor([ids]), "decoder_ids": torch.tensor([[start, *answer]])}
-        pixels = checkpoint.encoder.encode_image(sample.image)[None].bfloat16()
-        feature = backbone(pixels, torch.tensor([0]), exit_layers=(), instruction=told, **read).final[0, -1]
-        logits = backbone.lm_head(feature).float()
-        gap = logits[theirs[first]] - logits[row.tokens[first]]
-        assert gap.abs() < 0.02 * logits.abs().max(), (row.tokens, theirs)
-    assert same > NEW_TOKENS * len(samples) / 2
+        # As far as the texts go together, ours strays from float32 no further than transformers does, but for luck, ...
+        answer = theirs[: min(first, NEW_TOKENS - 1)]
+        exact = logits_of(checkpoint.backbone, checkpoint, sample, answer)
+        noise = (rounded[: len(exact)] - exact).abs().max()
+        assert (logits_of(backbone, checkpoint, sample, answer) - exact).abs().max() < 2.5 * noise
+        # ... and they part where rounding moves the logits of transformers further than the two tokens lie apart.
+        if first < NEW_TOKENS:
+            gap = exact[first, theirs[first]] - exact[first, row.tokens[first]]
+            assert gap.abs() < 2 * noise, (row.tokens, theirs)
+    assert same > NEW_TOKENS * len(samples) / 3
+
+
+@torch.no_grad()
+def logits_of(backbone: Blip2Backbone, checkpoint, sample, answer: list[int]) -> torch.Tensor:
+    """Logits before each token of an answer and after its last, float32 [N + 1, V]."""
+    told = checkpoint.encoder.encode_instructions([sample.turns])
+    ids, start = checkpoint.encoder.encode_prompt(sample.turns), backbone.layout.decoder_start_token_id
+    read = {"input_ids": torch.tensor([[*ids, *answer]])}
+    if start is not None:
+        read = {"input_ids": torch.tensor([ids]), "decoder_ids": torch.tensor([[start, *answer]])}
+    pixels = checkpoint.encoder.encode_image(sample.image)[None].to(next(backbone.parameters()).dtype)
+    feature = backbone(pixels, torch.tensor([0]), exit_layers=(), instruction=told, **read).final[0]
+    return backbone.lm_head(feature[-len(answer) - 1 :]).float()
 
 
 @pytest.mark.parametrize("checkpoint", ["instructblip-vicuna", "instructblip-flan-t5"], indirect=True)
