@@ -7,6 +7,8 @@ Does not open connections, except that ``mpirun`` without ``MASTER_ADDR`` lets M
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import socket
 import subprocess
@@ -29,7 +31,7 @@ NODE_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 """Set where ``torchrun`` or ``deepspeed`` started this process, and may itself have been started once per machine by another."""
 
 FIRST_PORT, PORTS = 12_000, 20_000
-"""Ports for Slurm jobs: above those of services, below those that systems give to outgoing connections."""
+"""Ports to choose from: above those of services, below those that systems give to whoever asks for any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +84,17 @@ def read_environment(environment: Mapping[str, str]) -> Place:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine that nobody listens on.
+
+    Seconds may go by until it is used, in which no other program is given it by its system.
+    """
+    chance = random.SystemRandom()  # a seed would lead programs to the same port
     with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+        for port in (*(chance.randrange(FIRST_PORT, FIRST_PORT + PORTS) for _ in range(100)), 0):
+            with contextlib.suppress(OSError):
+                probe.bind(("", port))
+                return int(probe.getsockname()[1])
+    raise UserError("this machine has no free port")
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:

@@ -112,6 +112,14 @@ class StopSignals:
         if self._request.first:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
+    def stay_deaf(self) -> None:
+        """Let the scheduler's signals do nothing after the block, where it is the outermost one.
+
+        Not by ignoring them, which programs started from here would inherit.
+        """
+        if not self._is_inner:
+            self._request.handlers |= dict.fromkeys(SCHEDULER_SIGNALS, _do_nothing)
+
     @property
     def asked(self) -> bool:
         """Whether this process was asked to stop, by itself."""
@@ -143,8 +151,12 @@ def stop_clearly(*, at_once: bool = False) -> Iterator[StopSignals]:
             sys.stderr.flush()
             os._exit(stop.exit_code)
         finally:
-            # What is done is done: a signal while the interpreter closes must not look like a failure.
+            # What is done is done: a signal from here on, or while the interpreter closes, must not look like a failure.
+            stop.stay_deaf()
             atexit.register(_ignore_scheduler)
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None: ...
 
 
 def _ignore_scheduler() -> None:

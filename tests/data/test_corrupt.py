@@ -392,7 +392,7 @@ def test_a_pipe_that_stalls_fails_or_never_ends_is_a_fault_and_leaves_no_process
         f"pipe:sh {script} {{}} {root}",
         tasks={"caption": 1.0},
         cache=str(tmp_path / "cache"),
-        read_timeout=1.0,
+        read_timeout=3.0,
         bad_sample_budget=0.5,
     )
     batches = training_batches(config, tiny_encoder, seed=0, micro_batch_size=12, quarantine=tmp_path / "q.jsonl")

@@ -137,15 +137,15 @@ def labels(_step: int) -> LossConfig:
 
 
 def delayed(engines: Engines) -> None:
-    """Rank 1 needs 0.3 s more for its own work."""
+    """Rank 1 needs a second more for its own work."""
     if torch.distributed.get_rank() == 1:
-        engines.backbone.register_forward_hook(lambda *_: time.sleep(0.3))
+        engines.backbone.register_forward_hook(lambda *_: time.sleep(1.0))
 
 
 def delayed_layer(engines: Engines) -> None:
-    """Rank 1 needs 0.3 s more for one layer of a backbone that ranks share."""
+    """Rank 1 needs a second more for one layer of a backbone that ranks share."""
     if torch.distributed.get_rank() == 1:
-        engines.backbone.block(1).fc1.register_forward_hook(lambda *_: time.sleep(0.3))
+        engines.backbone.block(1).fc1.register_forward_hook(lambda *_: time.sleep(1.0))
 
 
 def one_process() -> dict[str, tuple[Log, str]]:
@@ -206,9 +206,9 @@ def two_processes() -> dict[str, tuple[Log, str]]:
         return LossConfig(task_weight=float("inf") if step == 5 else 1.0)
 
     return {
-        "slow": run(breakage=delayed, steps=8),
+        "slow": run(breakage=delayed, steps=6),
         "slow, shared backbone": run(
-            breakage=delayed_layer, sections=scene.sections(backbone_stage=3, world_size=2), steps=8
+            breakage=delayed_layer, sections=scene.sections(backbone_stage=3, world_size=2), steps=6
         ),
         "input": run(batch=spoilt, steps=6),
         "gradient": run(at_step=overflowing_gradient, steps=8, accumulation=2),

@@ -22,7 +22,7 @@ from free_dist.config import DataConfig, Recipe, UserError
 from free_dist.training.runs import train_all
 from tests.programs import ROOT, launchers
 
-STEPS = 80
+STEPS = 160
 NAMES = ("base-seed-3", "no_gan-seed-3")
 
 

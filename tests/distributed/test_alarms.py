@@ -112,8 +112,9 @@ def test_a_gradient_that_vanishes_is_seen(runs) -> None:
 
 @pytest.mark.parametrize("name", ["slow", "slow, shared backbone"])
 def test_a_slow_rank_is_named(pairs, name: str) -> None:
-    (message,) = events(pairs[name])["slow_rank"]
-    assert message.startswith("rank 1 takes")
+    # Where the machine holds up the other rank for a step, the alarm ends and comes again.
+    messages = events(pairs[name])["slow_rank"]
+    assert messages and all(message.startswith("rank 1 takes") for message in messages)
 
 
 def skipped(run: tuple[Log, str]) -> tuple[int, str]:

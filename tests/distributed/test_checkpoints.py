@@ -250,6 +250,13 @@ def saved_before_the_next_step(directory: Path, sections: dict[str, Any]) -> dic
     )  # fmt: skip
     copy, gate = checkpoints._snapshot.copy, threading.Event()
 
+    class Watched(threading.Event):
+        """Lets the copy begin a while after somebody waits for it."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            threading.Timer(0.3, gate.set).start()
+            return super().wait(timeout)
+
     def late_copy() -> None:
         gate.wait()
         copy()
@@ -261,11 +268,15 @@ def saved_before_the_next_step(directory: Path, sections: dict[str, Any]) -> dic
         return {key: value.clone() for pieces in states for key, value in pieces.items()}
 
     checkpoints._snapshot.copy = late_copy  # type: ignore[method-assign]
+    checkpoints._copied = Watched()
+    checkpoints._copied.set()
     with checkpoints:
         wanted = step(1)
         checkpoints.after_step(1, torch.tensor(0.0), last=False)
         returned = not checkpoints.is_idle
-        threading.Timer(1.0, gate.set).start()
+        late = threading.Timer(20, gate.set)  # where nobody waits
+        late.daemon = True
+        late.start()
         later, stalled = step(2), checkpoints.stalled
     saved = load_file(step_directory(directory, 1) / rank_file(world.rank))
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -219,3 +220,12 @@ def test_mpirun_ends_when_one_of_its_processes_is_signalled(workplace, tiny_data
         finally:
             process.kill()
     assert found == code if code else found not in (0, 85)
+
+
+def test_a_free_port_is_none_that_systems_give_away_and_differs_from_the_last() -> None:
+    random.seed(3)
+    ports = [free_port() for _ in range(20)]
+    random.seed(3)
+    ports += [free_port() for _ in range(20)]
+    assert all(port in range(FIRST_PORT, FIRST_PORT + PORTS) for port in ports)
+    assert len(set(ports)) > 30

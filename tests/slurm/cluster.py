@@ -20,7 +20,7 @@ CONTROLLER = "ctl"
 SUBNET = "10.77.0"
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol", "ip", "unshare", "nsenter", "setpriv")
 PATHS = "/usr/sbin:/usr/bin:/sbin:/bin"
-DEADLINE = 60
+DEADLINE = 180
 """Seconds for the cluster to come up."""
 
 REAP = "while :; do sleep 600 & wait $! || true; done"

@@ -68,11 +68,13 @@ def test_captions_of_two_nodes_that_were_cut_off_are_those_of_one_process(
     save_captioner(tmp_path / "captioner")
     save_filter(tmp_path / "filter")
     out = tmp_path / "captioned"
-    run = Run(recipe=prepare_exits("unused").recipe, arguments=tuple(capfilt_words(tmp_path, tiny_root, out)))
+    longer = ("--batch-size", 1, "--captions", 60)  # it lasts until the signal comes
+    words = capfilt_words(tmp_path, tiny_root, out, *longer)
+    run = Run(recipe=prepare_exits("unused").recipe, arguments=tuple(words))
     job = submit(cluster, "slurm/capfilt.sh", *run.arguments, logs=tmp_path / "logs")
     wait(lambda: (out / ".train.capfilt").is_dir() or job.state == "FAILED", job.told)
     job.kill(run, 1, signal.SIGUSR1)
     job.wait_for("COMPLETED")
     assert job.restarts == 1, job.told()
-    alone("launch/capfilt.py", *capfilt_words(tmp_path, tiny_root, tmp_path / "alone"))
+    alone("launch/capfilt.py", *capfilt_words(tmp_path, tiny_root, tmp_path / "alone", *longer))
     assert captioned_files(out) == captioned_files(tmp_path / "alone")

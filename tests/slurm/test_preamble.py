@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slurm
 
 PROGRAM = """#!/bin/bash
 # Stands for the interpreter: notes how it was started, then does as the test wants.
-trap 'echo "USR1 at restart ${SLURM_RESTART_COUNT:-0}" >>"$LOG_DIR/signals"; exit 85' USR1
-trap 'echo "TERM at restart ${SLURM_RESTART_COUNT:-0}" >>"$LOG_DIR/signals"; exit 85' TERM
+trap 'trap "" TERM USR1; echo "USR1 at restart ${SLURM_RESTART_COUNT:-0}" >>"$LOG_DIR/signals"; exit 85' USR1
+trap 'trap "" TERM USR1; echo "TERM at restart ${SLURM_RESTART_COUNT:-0}" >>"$LOG_DIR/signals"; exit 85' TERM
 echo "$*" >>"$LOG_DIR/started-$SLURM_PROCID"
 eval "$BEHAVIOUR"
 """

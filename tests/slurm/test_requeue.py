@@ -43,7 +43,7 @@ def test_exits_go_on_after_a_signal_to_one_rank_and_after_a_killed_task(
     wait(lambda: job.restarts == 1, job.told)
     asked = len(losses(run))
     assert (run.directory / "checkpoints" / f"step-{asked:08d}").is_dir(), job.told()
-    wait_for_steps(run, job, max(asked, 25))
+    wait_for_steps(run, job, max(asked + 1, 25))
     job.kill(run, 0, signal.SIGKILL)
     wait(lambda: job.restarts == 2, job.told)
     job.wait_for("COMPLETED")
@@ -63,11 +63,11 @@ def test_usr1_to_one_rank_then_a_killed_task_then_a_dead_node_cost_no_step(
     asked = len(losses(run))
     assert (run.directory / "checkpoints" / f"step-{asked:08d}").is_dir(), job.told()
 
-    wait_for_steps(run, job, max(asked, 22))
+    wait_for_steps(run, job, max(asked + 1, 22))
     job.kill(run, 0, signal.SIGKILL)
     wait(lambda: job.restarts == 2, job.told)
 
-    wait_for_steps(run, job, 42)
+    wait_for_steps(run, job, max(len(losses(run)) + 1, 42))
     dead = job.cluster.run("scontrol", "show", "hostnames", job.field("NodeList")).split()[-1]
     cluster.crash(dead)
     try:
