@@ -83,6 +83,12 @@ def read_environment(environment: Mapping[str, str]) -> Place:
     )  # fmt: skip
 
 
+def is_restarted(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm or torchrun starts this command once more, on its own."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(_number(environment, name) > 0 for name in counts if name in environment)
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on.
 

@@ -24,7 +24,7 @@ from free_dist.ds_config import read_ds_config, rows_per_step, with_rows_per_ste
 from free_dist.recipe_checks import check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe
 from free_dist.stopping import stop_clearly
-from free_dist.training.run_directory import CHECKPOINTS
+from free_dist.training.run_directory import CHECKPOINTS, left_nothing
 from free_dist.training.stage1_run import check_run, engine_section, write_run
 
 
@@ -59,7 +59,9 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None) -> None:
             rows_before = saved_rows_per_step(Path(recipe.run_dir) / CHECKPOINTS)
             ds_config = with_rows_per_step(ds_config, rows_before, world.size)
         section = engine_section(recipe, ds_config, world.size)
-        check_run(recipe, section)
+        if told := left_nothing(lambda: check_run(recipe, section)):
+            print(told, flush=True)
+            return
         torch.distributed.barrier()  # nothing is written until every rank has looked
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
         rows = rows_per_step({"exits": section}, world.size)

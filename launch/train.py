@@ -24,7 +24,7 @@ from free_dist.ds_config import gradient_accumulation_steps, read_ds_config, row
 from free_dist.recipe_checks import check_discriminator_steps, check_rows_per_step
 from free_dist.recipe_io import add_recipe_arguments, fail_clearly, load_recipe, save_recipe
 from free_dist.stopping import stop_clearly
-from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE
+from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE, left_nothing
 from free_dist.training.runs import check_run
 
 
@@ -61,7 +61,9 @@ def run(recipe: Recipe, ds_config: dict[str, dict[str, Any]], ds_config_path: Pa
 
     disable_progress_bar()
     run_dir = Path(recipe.run_dir)
-    check_run(recipe, ds_config)
+    if told := left_nothing(lambda: check_run(recipe, ds_config)):
+        print(told, flush=True)
+        return
     with distributed_session(expected_world_size=recipe.training.expected_world_size) as world:
         processes = "1 process" if world.size == 1 else f"{world.size} processes"
         ds_config = with_rows_per_step(ds_config, saved_rows_per_step(run_dir / CHECKPOINTS), world.size)

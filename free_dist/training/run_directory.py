@@ -6,7 +6,8 @@ Imports no torch.  Knows recipes and files; does not train anything and does not
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from free_dist.atomic import replaced_file
 from free_dist.config import Recipe, UserError
 from free_dist.ds_config import SECTIONS, UNTRAINED_KEYS
+from free_dist.launchers import is_restarted
 from free_dist.recipe_io import load_recipe
 
 RECIPE = "recipe.yaml"
@@ -77,6 +79,28 @@ def differing_distribution(there: Mapping[str, Any], here: Mapping[str, Any]) ->
         for key in sorted((there.keys() | here.keys()) - UNTRAINED_KEYS)
         if there.get(key) != here.get(key)
     ]
+
+
+class FinishedRun(UserError):
+    """The directory holds a run to its last step."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.told = f"run_dir={run_dir} already holds a finished run"
+        super().__init__(f"{self.told}: choose another run_dir or remove it")
+
+
+def left_nothing(check: Callable[[], None]) -> str:
+    """What to say where a scheduler restarts a job that was lost after its run had ended; empty where something is left to do.
+
+    ``check`` raises FinishedRun if the run had ended; for anybody but a scheduler that stays an error.
+    """
+    try:
+        check()
+    except FinishedRun as finished:
+        if not is_restarted(os.environ):
+            raise
+        return f"{finished.told}: nothing is left for this restart to do"
+    return ""
 
 
 def check_same_run(

@@ -31,7 +31,14 @@ from free_dist.config import Recipe, UserError
 from free_dist.ds_config import read_ds_config
 from free_dist.launchers import free_port
 from free_dist.recipe_io import load_recipe, positive_integer, save_recipe
-from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE, check_same_run, differing_fields
+from free_dist.training.run_directory import (
+    CHECKPOINTS,
+    DISTRIBUTION,
+    RECIPE,
+    FinishedRun,
+    check_same_run,
+    differing_fields,
+)
 
 EXPORT = "export"
 """Directory of the trained exits, below the run directory."""
@@ -87,7 +94,8 @@ def add_launch_arguments(parser: argparse.ArgumentParser, *, ds_config: Path) ->
 
 
 def check_run(recipe: Recipe, ds_config: dict[str, dict[str, Any]]) -> None:
-    """Raise UserError unless ``run_dir`` is new or holds an unfinished run of stage 2 with these settings.
+    """Raise UserError unless ``run_dir`` is new or holds an unfinished run of stage 2 with these settings;
+    FinishedRun for a finished one.
 
     See :func:`~free_dist.training.run_directory.check_same_run`.
     """
@@ -96,7 +104,7 @@ def check_run(recipe: Recipe, ds_config: dict[str, dict[str, Any]]) -> None:
     former = read_ds_config(path) if path.is_file() else None
     check_same_run(run_dir, recipe, (former, ds_config), sections=SETTINGS, learnt=LEARNT)
     if exported_steps(run_dir) >= recipe.training.max_steps:
-        raise UserError(f"run_dir={run_dir} already holds a finished run: choose another run_dir or remove it")
+        raise FinishedRun(run_dir)
 
 
 def exported_steps(run_dir: Path) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from free_dist.atomic import write_atomically
 from free_dist.config import Recipe, UserError
 from free_dist.recipe_io import save_recipe
-from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE, check_same_run
+from free_dist.training.run_directory import CHECKPOINTS, DISTRIBUTION, RECIPE, FinishedRun, check_same_run
 
 BACKBONE = "backbone"
 """Directory of the trained backbone, below the run's; written last."""
@@ -55,13 +55,14 @@ def engine_section(recipe: Recipe, ds_config: dict[str, dict[str, Any]] | None, 
 
 
 def check_run(recipe: Recipe, section: dict[str, Any]) -> None:
-    """Raise UserError unless ``run_dir`` is new or holds an unfinished run of stage 1 with these settings.
+    """Raise UserError unless ``run_dir`` is new or holds an unfinished run of stage 1 with these settings;
+    FinishedRun for a finished one.
 
     See :func:`~free_dist.training.run_directory.check_same_run`.
     """
     run_dir = Path(recipe.run_dir)
     if (run_dir / BACKBONE).exists():
-        raise UserError(f"run_dir={run_dir} already holds a finished run: choose another run_dir or remove it")
+        raise FinishedRun(run_dir)
     path = run_dir / DISTRIBUTION
     former = json.loads(path.read_text()) if path.is_file() else None
     check_same_run(run_dir, recipe, (former, section), sections=SETTINGS, learnt=LEARNT)

@@ -93,6 +93,13 @@ def test_the_same_command_goes_on_after_kill_9_and_a_finished_run_is_refused(wor
     finished = start()
     told = finished.communicate()[0].decode()
     assert finished.returncode == 2 and "already holds a finished run" in told and "Traceback" not in told
+    environment["SLURM_RESTART_COUNT"] = (
+        "1"  # its node died after the last step, and before Slurm knew that all was done
+    )
+    requeued = start()
+    assert "nothing is left for this restart to do" in requeued.communicate()[0].decode()
+    assert requeued.returncode == 0
+    assert start("training.seed=1").wait() == 2
 
 
 def test_logs_are_cut_back_to_the_checkpoint_also_for_tensorboard(workplace: Path) -> None:

@@ -26,7 +26,7 @@ from free_dist.config import Recipe, UserError
 from free_dist.data.pretrained import load_pretrained
 from free_dist.launchers import free_port
 from free_dist.recipe_io import save_recipe
-from free_dist.training.run_directory import CHECKPOINTS
+from free_dist.training.run_directory import CHECKPOINTS, left_nothing
 from free_dist.training.stage1_run import BACKBONE, check_run, write_run
 from free_dist.training.trainer import Interrupted
 
@@ -272,7 +272,9 @@ def test_sigterm_to_one_rank_leaves_a_checkpoint_of_the_step_that_was_running(st
         run_ranks(1, scene.stage1, recipe, section, starts["opt"])
 
 
-def test_a_run_with_other_settings_is_refused_by_name_and_a_finished_one_too(starts, tiny_data, tmp_path) -> None:
+def test_a_run_with_other_settings_is_refused_by_name_and_a_finished_one_too(
+    starts, tiny_data, tmp_path, monkeypatch
+) -> None:
     recipe = scene.recipe(tiny_data, tmp_path / "run", starts["opt"])
     section = scene.section(recipe)
     check_run(recipe, section)
@@ -289,7 +291,12 @@ def test_a_run_with_other_settings_is_refused_by_name_and_a_finished_one_too(sta
         check_run(recipe, scene.section(recipe, bf16=True))
     (tmp_path / "run" / BACKBONE).mkdir()
     with pytest.raises(UserError, match="already holds a finished run"):
-        check_run(recipe, section)
+        left_nothing(lambda: check_run(recipe, section))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    with pytest.raises(UserError, match="already holds a finished run"):
+        left_nothing(lambda: check_run(recipe, section))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert left_nothing(lambda: check_run(recipe, section))
 
 
 def test_an_untrained_backbone_is_made_trained_and_grown_without_a_ds_config(tiny_data, tmp_path) -> None:
