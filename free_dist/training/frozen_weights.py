@@ -39,28 +39,32 @@ class FrozenWeights:
                     self._tensors[f"{prefix}: {name}"] = tensor
         self._expected = {name: fingerprint(_local(tensor)) for name, tensor in self._tensors.items()}
         self._order = list(self._tensors)
+        self._found: dict[str, None] = {}
         self._next = 0
         self._since = time.perf_counter()
 
     def look(self) -> list[str]:
-        """Names that changed among the next few weights; takes about SHARE of the time since the last call."""
+        """Names that changed among the next few weights, and what was found before; takes about SHARE of the time since the
+        last call."""
         now = time.perf_counter()
         allowed, self._since = SHARE * (now - self._since), now
-        changed = []
         for _ in self._order:
             name = self._order[self._next]
             self._next = (self._next + 1) % len(self._order)
-            changed += self._changed([name])
+            self._note([name])
             if time.perf_counter() - now > allowed:
                 break
-        return changed
+        return list(self._found)
 
     def look_at_all(self) -> list[str]:
         """Names of all weights that changed."""
-        return self._changed(self._order)
+        self._note(self._order)
+        return list(self._found)
 
-    def _changed(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if fingerprint(_local(self._tensors[name])) != self._expected[name]]
+    def _note(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self._found and fingerprint(_local(self._tensors[name])) != self._expected[name]:
+                self._found[name] = None
 
 
 @torch.no_grad()
