@@ -18,7 +18,7 @@ from tests.parity.committed import REFERENCE, Reference, read_reference
 
 pytestmark = pytest.mark.parity
 
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE = {"rtol": 1e-5, "atol": 3e-5}
 """Float32 on another processor: sums in another order."""
 CLS, SEP, PAD = 2, 3, 0
 VISION_NAMES = (

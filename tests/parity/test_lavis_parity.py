@@ -21,7 +21,7 @@ from tests.parity.committed import PUBLISHED, REFERENCE, Reference, read_referen
 
 pytestmark = pytest.mark.parity
 
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE = {"rtol": 1e-5, "atol": 3e-5}
 """Float32 on another processor: sums in another order."""
 N_TOKENS = 8
 SIDE_ENVIRONMENT = Path(__file__).parents[2] / ".venv-lavis"

@@ -35,7 +35,7 @@ from tests.parity.committed import QFORMER_HEADS, REFERENCE, VISION_HEADS, Refer
 
 pytestmark = pytest.mark.parity
 
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+TOLERANCE = {"rtol": 1e-5, "atol": 3e-5}
 """Float32 on another processor: sums in another order."""
 LLAMA_VOCABULARY = 380
 

@@ -141,9 +141,9 @@ def test_stage_1_losses_and_a_stage_2_step_from_the_cache_are_those_from_pixels(
     losses, step = stage_1_losses(backbone, encoder, tiny_data), stage_2_step(backbone, encoder, tiny_data)
     use_visual_cache(replace(tiny_data, visual_cache=str(directory)), backbone, encoder)
     assert encoder.encode_image(images_of(tiny_data, "train")[0]).dim() == 2
-    assert stage_1_losses(backbone, encoder, tiny_data) == pytest.approx(losses, abs=1e-6)
+    assert stage_1_losses(backbone, encoder, tiny_data) == pytest.approx(losses, abs=1e-5)
     for ours, wanted in zip(stage_2_step(backbone, encoder, tiny_data), step, strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
 
 
 def test_features_of_another_image_would_change_the_loss(made: Made, tiny_data: DataConfig) -> None:
