@@ -25,7 +25,6 @@ import argparse
 import copy
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -53,6 +52,7 @@ from free_dist.distributed import distributed_session
 from free_dist.ds_config import read_ds_config, with_backbone_stage
 from free_dist.engines import Engines, build_engines
 from free_dist.exits import ExitBank, FeatureClassifiers
+from free_dist.launchers import free_port
 from free_dist.training.schedule import warmup_cosine
 from free_dist.training.step import adversarial_step
 
@@ -295,9 +295,7 @@ def measure_processes(arguments: argparse.Namespace, cache: Path) -> dict[str, f
 
 def speed_of(size: int, arguments: argparse.Namespace, cache: Path) -> float:
     """Samples a second of ``size`` fresh processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", arguments.port if size > 1 else 0))
-        port = probe.getsockname()[1]
+    port = (size > 1 and arguments.port) or free_port()
     command = [sys.executable, __file__, "--root", arguments.root, "--rounds", str(arguments.rounds)]
     command += ["--rows", str(arguments.rows), "--clock", arguments.clock]
     workers = [
@@ -361,7 +359,7 @@ def main() -> None:
         cache = Path(directory) / "cache"
         bench = Bench(arguments.root, cache, arguments.clock, arguments.rows)
         if "steps" in arguments.parts:
-            os.environ.update(environment(0, 1, arguments.port or 29500))
+            os.environ.update(environment(0, 1, arguments.port or free_port()))
             with distributed_session():
                 figures |= measure_steps(bench, arguments.rounds)
             print(json.dumps(figures), flush=True)  # so much is known if a later part is interrupted

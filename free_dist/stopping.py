@@ -99,7 +99,7 @@ class StopSignals:
         self._request.asked = max(self._request.asked, BY_PERSON if number == signal.SIGINT else BY_SCHEDULER)
         if self._at_once and is_first:
             self._request.first = number
-            signal.signal(signal.SIGALRM, self._raise)
+            self._request.handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise)
             signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
             self._raise()
 

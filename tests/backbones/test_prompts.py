@@ -89,8 +89,8 @@ def test_minigpt4_reads_the_segments_around_the_image_as_its_authors_tokenise_th
 
 @torch.no_grad()
 def test_a_text_that_names_the_placeholder_of_images_is_letters(checkpoint) -> None:
-    turns = [Turn(prompt="<image>\nwhat color is the circle?", answer="a <image> of red")]
-    sample = replace(checkpoint.samples("vqa", 1)[0], turns=tuple(turns))
+    turn = Turn(prompt="<image>\nwhat color is the circle?", answer="a <image> of red")
+    sample = replace(checkpoint.samples("vqa", 1)[0], turns=(turn,))
     batch = checkpoint.encoder.collate([sample])
     assert (batch.input_ids == checkpoint.backbone.layout.image_token_id).sum() == QUERIES
     assert not (batch.targets == checkpoint.backbone.layout.image_token_id).any()

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import ranks
 import torch
 
+from free_dist.launchers import free_port
 from free_dist.watchdog import EXIT_LOST_RANK, STACKS
 
 pytestmark = pytest.mark.fault
@@ -62,9 +62,7 @@ class Job:
     """Ranks of one made-up run, ended whatever happens."""
 
     def __init__(self, size: int, run_dir: Path, *, stall: float = 600.0, stuck: int | None = None) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.run_dir = run_dir
         context: Any = ranks._context
         self.processes: list[multiprocessing.Process] = [
